@@ -1,0 +1,2 @@
+//! wick
+fn main() {}
