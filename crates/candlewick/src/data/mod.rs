@@ -1,0 +1,3 @@
+//! stub
+/// i
+pub const IGNORED: i64 = -100;
