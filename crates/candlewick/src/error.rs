@@ -18,12 +18,12 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A data file has a row that cannot be used.
-    #[error("{}{}: {message}", path.display(), line.map(|line| format!(", line {line}")).unwrap_or_default())]
+    #[error("{}:{line}: {message}", path.display())]
     Data {
-        /// The data file or folder.
+        /// The data file.
         path: PathBuf,
-        /// The row's line, counted from 1, where one row is to blame.
-        line: Option<usize>,
+        /// The row's line, counted from 1.
+        line: usize,
         /// What is wrong with it.
         message: String,
     },
@@ -53,7 +53,7 @@ pub enum Error {
         message: String,
     },
     /// A loss or a gradient stopped being a number.
-    #[error("step {step}: {what} is not finite")]
+    #[error("step {step}: {what} is not finite; the parameters are those of the step before")]
     NonFinite {
         /// The optimizer step, counted from 1.
         step: usize,

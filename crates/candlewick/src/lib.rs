@@ -6,6 +6,7 @@
 //! the command `wick` prints.
 
 pub mod data;
+pub mod embedded;
 mod error;
 pub mod files;
 mod fine_tune;

@@ -311,8 +311,8 @@ impl RawRope {
 fn rotary_dim(head_dim: usize, fraction: f64) -> std::result::Result<usize, String> {
     (2..=head_dim)
         .step_by(2)
-        .rfind(|&dim| to_f64(dim) <= to_f64(head_dim) * fraction)
-        .filter(|_| fraction <= 1.0)
+        .take_while(|&dim| fraction <= 1.0 && to_f64(dim) <= to_f64(head_dim) * fraction)
+        .last()
         .ok_or_else(|| {
             format!("head_dim = {head_dim} with partial_rotary_factor = {fraction} leaves nothing to rotate")
         })

@@ -1,3 +1,0 @@
-//! stub
-/// i
-pub const IGNORED: i64 = -100;
