@@ -302,7 +302,7 @@ impl Attention {
             k = candle_fused::rms_norm(&k, Some(k_norm), config.rms_norm_eps)?;
         }
         let rotate = |x: &Tensor| {
-            candle_fused::rope(&x.transpose(1, 2)?, &call.cos, &call.sin, RopeLayout::Half)
+            candle_fused::rope(&x.transpose(1, 2)?, &call.cos, &call.sin, RopeLayout::Half)?.contiguous()
         };
         let (q, k) = (rotate(&q)?, rotate(&k)?);
         let v = split(&self.v, kv_heads)?.transpose(1, 2)?.contiguous()?;

@@ -32,7 +32,7 @@ pub fn run() -> Outcome {
             line(&kind.to_string(), "not in this build or on this machine");
             continue;
         }
-        let fused = fused_ops(kind);
+        let fused: Vec<_> = fused_ops(kind).collect();
         let ops = if fused.is_empty() {
             "available; every op falls back to its reference".to_string()
         } else {
