@@ -1,0 +1,229 @@
+//! Adam and AdamW, with torch's arithmetic.
+//!
+//! With gradient g, step t (from one), learning rate η, decay λ:
+//!
+//! ```text
+//! Adam   g ← g + λ θ
+//! AdamW  θ ← (1 − η λ) θ
+//! m ← m + (1 − β₁)(g − m)          v ← β₂ v + (1 − β₂) g²
+//! θ ← θ − η/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//! ```
+//!
+//! Kingma & Ba, "Adam" (2015); Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019); the order of
+//! operations is that of `torch.optim.AdamW`. As in Hugging Face's `Trainer`, decay leaves out biases and norm
+//! weights: it applies to tensors of two or more dimensions.
+//!
+//! All arithmetic and state is f32. A parameter of a 16-bit type has an f32 master copy among the state, since
+//! updates far below its own precision must add up; the parameter itself is that copy, rounded.
+
+#![expect(clippy::cast_precision_loss, reason = "steps are far below 2^53")]
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor};
+
+use super::{Gradients, Parameter};
+use crate::{Error, Result};
+
+/// Which optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptimizerKind {
+    /// Weight decay as part of the gradient (L2).
+    Adam,
+    /// Decoupled weight decay.
+    AdamW,
+}
+
+impl OptimizerKind {
+    /// The name that flags and files use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Adam => "adam",
+            Self::AdamW => "adamw",
+        }
+    }
+}
+
+/// The optimizer's settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// Which optimizer.
+    pub kind: OptimizerKind,
+    /// β₁
+    pub beta1: f64,
+    /// β₂
+    pub beta2: f64,
+    /// ε
+    pub eps: f64,
+    /// λ
+    pub weight_decay: f64,
+}
+
+impl Default for OptimizerConfig {
+    /// torch's AdamW.
+    fn default() -> Self {
+        Self { kind: OptimizerKind::AdamW, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+impl OptimizerConfig {
+    /// Refuses settings outside their ranges.
+    pub(super) fn check(&self) -> Result<()> {
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::Config(format!("{name} must be in 0..1, got {beta}")));
+            }
+        }
+        for (name, value) in [("eps", self.eps), ("weight-decay", self.weight_decay)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(Error::Config(format!("{name} must be 0 or above, got {value}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the optimizer remembers of one parameter; all f32, all of its shape.
+#[derive(Clone, Debug)]
+struct Moments {
+    first: Tensor,
+    second: Tensor,
+    /// The parameter in f32, where it is stored in 16 bits.
+    master: Option<Tensor>,
+}
+
+/// Adam or AdamW over a fixed list of parameters.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    config: OptimizerConfig,
+    steps: usize,
+    moments: Vec<Moments>,
+}
+
+impl Optimizer {
+    /// Fresh state for these parameters. Fails on dtypes other than f32, f16 and bf16.
+    pub fn new(config: OptimizerConfig, parameters: &[Parameter]) -> Result<Self> {
+        let moments = parameters.iter().map(Moments::new).collect::<Result<_>>()?;
+        Ok(Self { config, steps: 0, moments })
+    }
+
+    /// Steps taken.
+    #[must_use]
+    pub const fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// One update of every parameter that has a gradient. `parameters` are those of [`Optimizer::new`].
+    pub fn step(
+        &mut self,
+        parameters: &[Parameter],
+        gradients: &Gradients,
+        learning_rate: f64,
+    ) -> Result<()> {
+        if parameters.len() != self.moments.len() {
+            let (expected, got) = (self.moments.len(), parameters.len());
+            return Err(Error::Config(format!("optimizer: expected {expected} parameters, got {got}")));
+        }
+        self.steps += 1;
+        let steps = self.steps as f64;
+        let OptimizerConfig { kind, beta1, beta2, eps, weight_decay } = self.config;
+        let rate = learning_rate / (1.0 - beta1.powf(steps));
+        let root = (1.0 - beta2.powf(steps)).sqrt();
+        for ((parameter, moments), gradient) in
+            parameters.iter().zip(&mut self.moments).zip(gradients.tensors())
+        {
+            let Some(gradient) = gradient else { continue };
+            let decay = if parameter.var.rank() >= 2 { weight_decay } else { 0.0 };
+            let mut value = moments.master.clone().unwrap_or_else(|| parameter.var.as_detached_tensor());
+            let mut gradient = gradient.clone();
+            if decay != 0.0 {
+                match kind {
+                    OptimizerKind::Adam => gradient = (gradient + (&value * decay)?)?,
+                    OptimizerKind::AdamW => value = (value * (1.0 - learning_rate * decay))?,
+                }
+            }
+            moments.first = (&moments.first + ((&gradient - &moments.first)? * (1.0 - beta1))?)?;
+            moments.second = ((&moments.second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+            let denominator = moments.second.sqrt()?.affine(1.0 / root, eps)?;
+            value = (value - (&moments.first / denominator)?.affine(rate, 0.0)?)?;
+            parameter.var.set(&value.to_dtype(parameter.var.dtype())?)?;
+            if let Some(master) = &mut moments.master {
+                *master = value;
+            }
+        }
+        Ok(())
+    }
+
+    /// The state as named tensors, all f32.
+    #[must_use]
+    pub fn state(&self, parameters: &[Parameter]) -> Vec<(String, Tensor)> {
+        let named = |(parameter, moments): (&Parameter, &Moments)| {
+            let master = moments.master.clone().map(|master| ("master", master));
+            [("first", moments.first.clone()), ("second", moments.second.clone())]
+                .into_iter()
+                .chain(master)
+                .map(|(kind, tensor)| (state_name(kind, &parameter.name), tensor))
+                .collect::<Vec<_>>()
+        };
+        parameters.iter().zip(&self.moments).flat_map(named).collect()
+    }
+
+    /// Takes back what [`Optimizer::state`] gave after `steps` steps. Changes nothing when a tensor is missing or of
+    /// another shape or type; the error names it.
+    pub fn restore(
+        &mut self,
+        parameters: &[Parameter],
+        steps: usize,
+        tensors: &mut HashMap<String, Tensor>,
+    ) -> std::result::Result<(), String> {
+        let mut take = |kind, like: &Tensor, parameter: &Parameter| {
+            let name = state_name(kind, &parameter.name);
+            let tensor = tensors.remove(&name).ok_or_else(|| format!("has no tensor `{name}`"))?;
+            if tensor.shape() == like.shape() && tensor.dtype() == like.dtype() {
+                Ok(tensor)
+            } else {
+                let (expected, got) = ((like.dims(), like.dtype()), (tensor.dims(), tensor.dtype()));
+                Err(format!("tensor `{name}` must be {expected:?}, got {got:?}"))
+            }
+        };
+        let mut restored = Vec::with_capacity(self.moments.len());
+        for (parameter, moments) in parameters.iter().zip(&self.moments) {
+            restored.push(Moments {
+                first: take("first", &moments.first, parameter)?,
+                second: take("second", &moments.second, parameter)?,
+                master: moments
+                    .master
+                    .as_ref()
+                    .map(|master| take("master", master, parameter))
+                    .transpose()?,
+            });
+        }
+        self.moments = restored;
+        self.steps = steps;
+        Ok(())
+    }
+}
+
+impl Moments {
+    fn new(parameter: &Parameter) -> Result<Self> {
+        let var = parameter.var.as_detached_tensor();
+        let master = match var.dtype() {
+            DType::F32 => None,
+            DType::F16 | DType::BF16 => Some(var.to_dtype(DType::F32)?),
+            other => {
+                let name = &parameter.name;
+                return Err(Error::Config(format!(
+                    "parameter `{name}` must be f32, f16 or bf16, got {}",
+                    other.as_str()
+                )));
+            }
+        };
+        let zeros = Tensor::zeros(var.shape(), DType::F32, var.device())?;
+        Ok(Self { first: zeros.clone(), second: zeros, master })
+    }
+}
+
+fn state_name(kind: &str, parameter: &str) -> String {
+    format!("optimizer.{kind}.{parameter}")
+}
