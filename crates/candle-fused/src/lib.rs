@@ -1,1 +1,46 @@
-//! candle-fused
+//! Fused, differentiable operations for [Candle](https://github.com/huggingface/candle) tensors.
+//!
+//! Candle's own fused operations drop gradients, and its composed ones are slow. Every operation here has a forward
+//! and a hand-derived backward, and is recorded on Candle's graph, so that `Tensor::backward` goes through it:
+//!
+//! | operation | computes |
+//! |---|---|
+//! | [`softmax`] | softmax of the last dimension, with a scale and a causal mask |
+//! | [`rms_norm`], [`layer_norm`] | normalisation of the last dimension |
+//! | [`rope`] | rotary position embedding, both layouts, any rotary fraction |
+//! | [`silu_mul`] | SwiGLU's `silu(gate) * up` |
+//! | [`cross_entropy`] | mean negative log-likelihood with an ignored index |
+//! | [`frozen_linear`] | a linear layer whose weight never gets a gradient |
+//! | [`lora_delta`], [`lora_linear`] | LoRA's low-rank product, alone or with its frozen base |
+//!
+//! Storage is f32, f16 or bf16; accumulation is f32. Where a device has no fused kernel for an operation, the plain
+//! Candle composition runs in its place: [`telemetry`] counts that and traces it once, [`fused_ops`] says it beforehand.
+//! A gradient is computed exactly for those arguments that are tracked.
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//! let x = Var::randn(0f32, 1.0, (4, 64), &Device::Cpu)?;
+//! let weight = Tensor::ones(64, candle_core::DType::F32, &Device::Cpu)?;
+//! let loss = candle_fused::rms_norm(&x, Some(&weight), 1e-6)?.sqr()?.sum_all()?;
+//! let gradients = loss.backward()?;
+//! assert!(gradients.get(&x).is_some());
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+mod backend;
+mod check;
+mod graph;
+pub mod ops;
+mod philox;
+pub mod telemetry;
+
+pub use backend::{DeviceKind, fused_ops};
+pub use ops::cross_entropy::cross_entropy;
+pub use ops::frozen_linear::frozen_linear;
+pub use ops::layer_norm::layer_norm;
+pub use ops::lora_delta::{LoraLayout, lora_delta};
+pub use ops::lora_linear::{Dropout, LoraLinearOptions, lora_linear};
+pub use ops::rms_norm::rms_norm;
+pub use ops::rope::{RopeLayout, rope};
+pub use ops::silu_mul::silu_mul;
+pub use ops::softmax::{Mask, SoftmaxOptions, softmax};

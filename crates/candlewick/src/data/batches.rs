@@ -11,7 +11,7 @@ use crate::train::Batch;
 use crate::{Error, Result};
 
 /// A target that does not count.
-const IGNORED: i64 = -100;
+pub const IGNORED: i64 = -100;
 
 /// Where a run is in its data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,6 +12,6 @@ mod batches;
 mod encode;
 mod rows;
 
-pub use batches::{Batches, Position, in_order};
+pub use batches::{Batches, IGNORED, Position, in_order};
 pub use encode::{Dataset, EncodeOptions, Sequence, Truncation, pack, sequence_limit};
 pub use rows::{Row, RowContent, RowFormat, Rows};

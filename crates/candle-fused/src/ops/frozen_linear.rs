@@ -1,0 +1,31 @@
+//! A linear layer whose weight is frozen: `y = x·Wᵀ + bias`, and backward `dx = g·W` alone.
+//!
+//! Candle's own product computes the gradient of both operands at every step, the weight-sized one included.
+
+use candle_core::{Result, Tensor};
+
+use super::low_rank;
+use crate::backend;
+
+const OP: &str = "frozen_linear";
+
+/// `x·Wᵀ + bias` for `x [..., in]` (f32, f16 or bf16), `weight [out, in]` and `bias [out]`, both of `x`'s dtype and
+/// without a gradient.
+///
+/// # Errors
+/// A scalar, another dtype, a weight or bias of another shape, dtype or device.
+pub fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    low_rank::check_base(OP, x, weight, bias)?;
+    backend::dispatch(
+        OP,
+        x,
+        || low_rank::frozen(OP, x, weight, bias),
+        || reference(x, weight, bias),
+    )
+}
+
+/// [`frozen_linear`] in plain Candle operations, which compute the weight's gradient and then drop it.
+pub fn reference(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    low_rank::check_base(OP, x, weight, bias)?;
+    low_rank::reference_base(x, weight, bias)
+}

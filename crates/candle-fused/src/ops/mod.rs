@@ -1,0 +1,15 @@
+//! The operations, one module each.
+//!
+//! A module reads from top to bottom: the mathematics and what the backward saves or recomputes; the public function
+//! with its checks; `reference`, the same in plain differentiable Candle operations; the private kernels and backward.
+
+pub mod cross_entropy;
+pub mod frozen_linear;
+pub mod layer_norm;
+pub mod lora_delta;
+pub mod lora_linear;
+mod low_rank;
+pub mod rms_norm;
+pub mod rope;
+pub mod silu_mul;
+pub mod softmax;

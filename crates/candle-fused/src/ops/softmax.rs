@@ -1,0 +1,90 @@
+//! Softmax over the last dimension: `y_j = exp(s·x_j − m) / Σ_k exp(s·x_k − m)` with `m = max_k s·x_k`.
+//!
+//! The causal mask is part of the operation: for `x [..., q, k]` key `j` is visible to query `i` iff
+//! `j <= i + (k − q)`, so that attention builds no mask tensor; what is not visible is not read.
+//!
+//! Backward, from the saved result: `dx_j = s·y_j·(g_j − Σ_k g_k·y_k)`.
+
+use candle_core::{D, DType, Result, Tensor, bail};
+
+use crate::{backend, check};
+
+const OP: &str = "softmax";
+
+/// Which keys a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mask {
+    /// All of them.
+    #[default]
+    None,
+    /// Those up to its own position, when the queries are the last of the keys.
+    Causal,
+}
+
+/// What [`softmax`] does beside the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SoftmaxOptions {
+    /// Multiplies `x` first.
+    pub scale: f32,
+    /// Which entries of a row take part; the others are 0 in the result.
+    pub mask: Mask,
+}
+
+impl Default for SoftmaxOptions {
+    fn default() -> Self {
+        Self {
+            scale: 1.0,
+            mask: Mask::None,
+        }
+    }
+}
+
+/// `softmax(scale · x)` over the last dimension of `x [..., k]` (f32, f16 or bf16), in `x`'s shape and dtype.
+///
+/// # Errors
+/// A scalar, another dtype, a scale that is not finite; under [`Mask::Causal`] fewer than 2 dimensions, or more
+/// queries than keys.
+pub fn softmax(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+    check(x, options)?;
+    backend::dispatch(OP, x, || reference(x, options), || reference(x, options))
+}
+
+fn check(x: &Tensor, options: SoftmaxOptions) -> Result<()> {
+    check::float(OP, "x", x)?;
+    check::last_dim(OP, "x", x)?;
+    check::finite(OP, "scale", options.scale)?;
+    if options.mask == Mask::Causal {
+        match x.dims() {
+            [.., q, k] if q <= k => {}
+            dims => bail!("{OP}: a causal x must be [..., q, k] with q <= k, got {dims:?}"),
+        }
+    }
+    Ok(())
+}
+
+/// [`softmax`] in plain Candle operations.
+pub fn reference(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+    check(x, options)?;
+    if x.elem_count() == 0 {
+        return x.copy();
+    }
+    let mut logits = (x.to_dtype(DType::F32)? * f64::from(options.scale))?;
+    if options.mask == Mask::Causal {
+        let (q, k) = (x.dim(D::Minus2)?, x.dim(D::Minus1)?);
+        let queries = Tensor::arange(0u32, u32::try_from(q)?, x.device())?.reshape((q, 1))?;
+        let keys = Tensor::arange(0u32, u32::try_from(k)?, x.device())?;
+        let limits = (queries.to_dtype(DType::I64)? + f64::from(u32::try_from(k - q)?))?;
+        let visible = keys
+            .to_dtype(DType::I64)?
+            .broadcast_as((q, k))?
+            .broadcast_le(&limits)?;
+        let hidden = Tensor::new(f32::NEG_INFINITY, x.device())?.broadcast_as(x.shape())?;
+        logits = visible
+            .broadcast_as(x.shape())?
+            .where_cond(&logits, &hidden)?;
+    }
+    let max = logits.max_keepdim(D::Minus1)?.detach();
+    let exp = logits.broadcast_sub(&max)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
+        .to_dtype(x.dtype())
+}

@@ -1,0 +1,54 @@
+//! `wick doctor`
+
+use std::process::ExitCode;
+
+use candle_core::utils;
+use candle_fused::{DeviceKind, fused_ops};
+
+use crate::Outcome;
+
+pub fn run() -> Outcome {
+    println!("wick {}", env!("CARGO_PKG_VERSION"));
+    line("system", &format!("{} {}", std::env::consts::OS, std::env::consts::ARCH));
+    line("features", &list(&[("custom-metal", cfg!(feature = "custom-metal")), ("cuda", cfg!(feature = "cuda"))]));
+    line("allocator", "mimalloc");
+    line("threads", &utils::get_num_threads().to_string());
+    line(
+        "vector units",
+        &list(&[
+            ("avx2", utils::with_avx()),
+            ("f16c", utils::with_f16c()),
+            ("neon", utils::with_neon()),
+            ("simd128", utils::with_simd128()),
+        ]),
+    );
+    for kind in [DeviceKind::Cpu, DeviceKind::Metal, DeviceKind::Cuda] {
+        let there = match kind {
+            DeviceKind::Cpu => true,
+            DeviceKind::Metal => utils::metal_is_available(),
+            DeviceKind::Cuda => utils::cuda_is_available(),
+        };
+        if !there {
+            line(&kind.to_string(), "not in this build or on this machine");
+            continue;
+        }
+        let fused: Vec<_> = fused_ops(kind).collect();
+        let ops = if fused.is_empty() {
+            "available; every op falls back to its reference".to_string()
+        } else {
+            format!("available; fused: {}", fused.join(", "))
+        };
+        line(&kind.to_string(), &ops);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(name: &str, value: &str) {
+    println!("{name:>12}  {value}");
+}
+
+/// The names that are on, or `none`.
+fn list(flags: &[(&str, bool)]) -> String {
+    let on: Vec<_> = flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
+    if on.is_empty() { "none".into() } else { on.join(", ") }
+}

@@ -1,0 +1,98 @@
+//! The options that name a model, shared by every command that opens one.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use candlewick::model::{self, Decoder, ModelFiles};
+use candlewick::{Error, Result, embedded, lora};
+use clap::{Args, ValueEnum};
+use tokenizers::Tokenizer;
+
+#[derive(Debug, Clone, Args)]
+pub struct ModelOptions {
+    /// A Hugging Face model folder [default: the small base that wick carries]
+    #[arg(long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
+    /// Type of the weights and activations
+    #[arg(long, value_enum, default_value_t = Precision::Auto)]
+    pub dtype: Precision,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    pub device: Place,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32 for the embedded base, otherwise as the files have it
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Place {
+    /// Metal or CUDA where this build has it, else the CPU
+    Auto,
+    Cpu,
+    Metal,
+    Cuda,
+}
+
+/// A model, ready to use.
+pub struct Opened {
+    pub files: ModelFiles,
+    pub decoder: Decoder,
+    pub tokenizer: Tokenizer,
+}
+
+impl ModelOptions {
+    /// The folder, or the embedded base.
+    pub fn files(&self) -> ModelFiles {
+        self.model.clone().map_or(embedded::BASE, ModelFiles::Folder)
+    }
+
+    /// The dtype to load, `None` for the files' own.
+    pub fn dtype(&self) -> Option<DType> {
+        match self.dtype {
+            Precision::Auto => self.model.is_none().then_some(DType::F32),
+            Precision::F32 => Some(DType::F32),
+            Precision::F16 => Some(DType::F16),
+            Precision::Bf16 => Some(DType::BF16),
+        }
+    }
+
+    /// Opens the device.
+    pub fn device(&self) -> Result<Device> {
+        let unavailable = |name: &str, error: candle_core::Error| {
+            Error::Config(format!("no {name} device: {error}; `wick doctor` shows what there is"))
+        };
+        match self.device {
+            Place::Cpu => Ok(Device::Cpu),
+            Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", e)),
+            Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", e)),
+            Place::Auto if candle_core::utils::metal_is_available() => Ok(Device::new_metal(0)?),
+            Place::Auto if candle_core::utils::cuda_is_available() => {
+                Ok(Device::new_cuda(0).unwrap_or(Device::Cpu))
+            }
+            Place::Auto => Ok(Device::Cpu),
+        }
+    }
+
+    /// Loads the model with its weights frozen, and the adapter if one is named.
+    pub fn open(&self, adapter: Option<&Path>) -> Result<Opened> {
+        let files = self.files();
+        let tokenizer = model::load_tokenizer(&files, &model::load_config(&files)?)?;
+        let mut decoder = model::load_frozen(&files, self.dtype(), &self.device()?)?;
+        if let Some(adapter) = adapter {
+            lora::load(&mut decoder, adapter)?;
+        }
+        Ok(Opened {
+            files,
+            decoder,
+            tokenizer,
+        })
+    }
+}
