@@ -6,10 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 pub(crate) fn float(op: &str, name: &str, t: &Tensor) -> Result<()> {
     match t.dtype() {
         DType::F32 | DType::F16 | DType::BF16 => Ok(()),
-        got => bail!(
-            "{op}: {name} must be f32, f16 or bf16, got {}",
-            got.as_str()
-        ),
+        got => bail!("{op}: {name} must be f32, f16 or bf16, got {}", got.as_str()),
     }
 }
 
@@ -24,10 +21,7 @@ pub(crate) fn shape(op: &str, name: &str, t: &Tensor, expected: &[usize]) -> Res
 /// `t` has this many dimensions.
 pub(crate) fn rank(op: &str, name: &str, t: &Tensor, expected: usize) -> Result<()> {
     if t.rank() != expected {
-        bail!(
-            "{op}: {name} must have {expected} dimensions, got {:?}",
-            t.dims()
-        );
+        bail!("{op}: {name} must have {expected} dimensions, got {:?}", t.dims());
     }
     Ok(())
 }
@@ -35,11 +29,7 @@ pub(crate) fn rank(op: &str, name: &str, t: &Tensor, expected: usize) -> Result<
 /// `t` has this dtype.
 pub(crate) fn dtype(op: &str, name: &str, t: &Tensor, expected: DType) -> Result<()> {
     if t.dtype() != expected {
-        bail!(
-            "{op}: {name} must be {}, got {}",
-            expected.as_str(),
-            t.dtype().as_str()
-        );
+        bail!("{op}: {name} must be {}, got {}", expected.as_str(), t.dtype().as_str());
     }
     Ok(())
 }
@@ -47,11 +37,7 @@ pub(crate) fn dtype(op: &str, name: &str, t: &Tensor, expected: DType) -> Result
 /// `t` lives on this device.
 pub(crate) fn device(op: &str, name: &str, t: &Tensor, expected: &Device) -> Result<()> {
     if !t.device().same_device(expected) {
-        bail!(
-            "{op}: {name} must be on {:?}, got {:?}",
-            expected.location(),
-            t.device().location()
-        );
+        bail!("{op}: {name} must be on {:?}, got {:?}", expected.location(), t.device().location());
     }
     Ok(())
 }

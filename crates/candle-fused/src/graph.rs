@@ -8,8 +8,8 @@ use std::mem;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage,
-    Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage, Result,
+    Shape, Storage, Tensor, bail,
 };
 
 /// The gradient half of an operation with `N` differentiable arguments.
@@ -19,12 +19,7 @@ pub(crate) trait Backward<const N: usize>: Send + Sync + 'static {
 
     /// One gradient for each argument, in its shape and dtype: `Some` exactly where the argument is tracked
     /// (Candle panics later if a tracked one stays without, and an untracked one would be wasted work).
-    fn backward(
-        &self,
-        args: [&Tensor; N],
-        output: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; N]>;
+    fn backward(&self, args: [&Tensor; N], output: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; N]>;
 }
 
 /// Records `output`, computed from `args`, on the graph. `output` must be fresh: contiguous from offset 0, owned by
@@ -37,12 +32,7 @@ pub(crate) fn record1(x: &Tensor, output: Tensor, backward: impl Backward<1>) ->
 }
 
 /// As [`record1`], for two differentiable arguments.
-pub(crate) fn record2(
-    x: &Tensor,
-    y: &Tensor,
-    output: Tensor,
-    backward: impl Backward<2>,
-) -> Result<Tensor> {
+pub(crate) fn record2(x: &Tensor, y: &Tensor, output: Tensor, backward: impl Backward<2>) -> Result<Tensor> {
     if !(x.track_op() || y.track_op()) {
         return Ok(output);
     }
@@ -74,11 +64,7 @@ impl<B> Recorded<B> {
     fn new(output: &Tensor, backward: B) -> Result<Self> {
         let slot = Slot::default();
         output.inplace_op1(&slot)?;
-        Ok(Self {
-            output: slot,
-            shape: output.shape().clone(),
-            backward,
-        })
+        Ok(Self { output: slot, shape: output.shape().clone(), backward })
     }
 
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
@@ -157,19 +143,14 @@ impl InplaceOp1 for Slot {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        self.put(Storage::Cpu(mem::replace(
-            storage,
-            CpuStorage::U8(Vec::new()),
-        )));
+        self.put(Storage::Cpu(mem::replace(storage, CpuStorage::U8(Vec::new()))));
         Ok(())
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
         use candle_core::backend::{BackendDevice, BackendStorage};
-        let empty = storage
-            .device()
-            .zeros_impl(&Shape::from(0), storage.dtype())?;
+        let empty = storage.device().zeros_impl(&Shape::from(0), storage.dtype())?;
         self.put(Storage::Cuda(mem::replace(storage, empty)));
         Ok(())
     }

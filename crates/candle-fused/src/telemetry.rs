@@ -62,11 +62,7 @@ pub fn snapshot() -> Vec<OpCount> {
         path,
         count,
     };
-    counts()
-        .iter()
-        .filter(|(_, (_, count))| *count > 0)
-        .map(count)
-        .collect()
+    counts().iter().filter(|(_, (_, count))| *count > 0).map(count).collect()
 }
 
 /// Sets every count to zero. A fallback already traced is not traced again.

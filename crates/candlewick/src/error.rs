@@ -71,18 +71,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An [`Error::Io`] about `path`, for `map_err`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
-        move |source| Self::Io {
-            path: path.as_ref().to_path_buf(),
-            source,
-        }
+        move |source| Self::Io { path: path.as_ref().to_path_buf(), source }
     }
 
     /// An [`Error::Model`] about `path`.
-    pub fn model(path: impl AsRef<Path>, message: impl ToString) -> Self {
-        Self::Model {
-            path: path.as_ref().to_path_buf(),
-            message: message.to_string(),
-        }
+    pub fn model(path: impl AsRef<Path>, message: impl std::fmt::Display) -> Self {
+        Self::Model { path: path.as_ref().to_path_buf(), message: message.to_string() }
     }
 
     /// What the user can do about it, where there is something to say.

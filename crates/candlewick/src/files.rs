@@ -42,14 +42,19 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn write_safetensors(
     path: &Path,
     tensors: Vec<(String, Tensor)>,
-    header: HashMap<String, String>,
+    header: impl IntoIterator<Item = (String, String)>,
 ) -> Result<()> {
     let tensors = tensors
         .into_iter()
         .map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.contiguous()?)))
         .collect::<Result<Vec<_>>>()?;
     replace(path, |file| {
-        safetensors::serialize_to_file(tensors, Some(header), file.path()).map_err(|e| match e {
+        safetensors::serialize_to_file(
+            tensors,
+            Some(header.into_iter().collect::<HashMap<_, _>>()),
+            file.path(),
+        )
+        .map_err(|e| match e {
             SafeTensorError::IoError(source) => Error::io(path)(source),
             other => Error::model(path, format!("cannot be written: {other}")),
         })

@@ -17,10 +17,7 @@ impl FineTune {
     /// [`lora::load`](crate::lora::load) or [`model::load_trainable`](crate::model::load_trainable) return them.
     #[must_use]
     pub fn new(decoder: Decoder, parameters: Vec<Parameter>) -> Self {
-        Self {
-            decoder,
-            parameters,
-        }
+        Self { decoder, parameters }
     }
 
     /// The model.

@@ -5,6 +5,7 @@
 //! [`generate`] continues a prompt. The loop knows models only as [`train::Trainable`] and reports through events; only
 //! the command `wick` prints.
 
+mod artifacts;
 pub mod data;
 pub mod embedded;
 mod error;
@@ -15,5 +16,6 @@ pub mod lora;
 pub mod model;
 pub mod train;
 
+pub use artifacts::{AdapterArtifacts, ModelArtifacts};
 pub use error::{Error, Result};
 pub use fine_tune::FineTune;

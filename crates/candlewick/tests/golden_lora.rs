@@ -1,5 +1,7 @@
 //! Twenty steps of LoRA training, as PEFT and torch's AdamW took them (tests/golden/README.md).
 
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -71,7 +73,8 @@ fn training_follows_peft() {
         let batches = TensorFile::open(&folder.join("batches.safetensors")).unwrap();
         let mut worst_loss = 0f64;
         for (step, (&want, &norm)) in trajectory.losses.iter().zip(&trajectory.gradient_norms).enumerate() {
-            let (loss, mut gradients) = accumulate(&model, &[batch(&batches, step)], step + 1, |_| 0).unwrap();
+            let (loss, mut gradients) =
+                accumulate(&model, &[batch(&batches, step)], step + 1, |_| 0).unwrap();
             worst_loss = worst_loss.max((loss - want).abs() / want);
             let norms = gradients.norms().unwrap();
             let total = norms.iter().flatten().map(|norm| norm * norm).sum::<f64>().sqrt();
@@ -89,7 +92,10 @@ fn training_follows_peft() {
             worst_tensor = worst_tensor.max(largest(&difference) / largest(&want));
         }
         println!("{case}: losses within {worst_loss:.1e}, final tensors within {worst_tensor:.1e}, relative");
-        assert!(worst_loss < TOLERANCE && worst_tensor < TOLERANCE, "{case}: {worst_loss:e} {worst_tensor:e}");
+        assert!(
+            worst_loss < TOLERANCE && worst_tensor < TOLERANCE,
+            "{case}: {worst_loss:e} {worst_tensor:e}"
+        );
 
         // What we save is what PEFT saved: names, shapes, and a configuration that reads back the same.
         let saved = tempfile::tempdir().unwrap();

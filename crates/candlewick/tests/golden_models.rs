@@ -1,5 +1,7 @@
 //! Logits and greedy tokens of tiny random models, as transformers computed them (tests/golden/README.md).
 
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -68,10 +70,7 @@ fn greedy_tokens_equal_transformers() {
         let (mut tokens, (decoder, expected)) = (Vec::new(), open(name));
         let prompt = ids(&expected, "prompt_ids").flatten_all().unwrap().to_vec1::<u32>().unwrap();
         let mut want = ids(&expected, "greedy_ids").flatten_all().unwrap().to_vec1::<u32>().unwrap();
-        let options = GenerateOptions {
-            max_tokens: want.len(),
-            sampling: Sampling::default(),
-        };
+        let options = GenerateOptions { max_tokens: want.len(), sampling: Sampling::default() };
         // transformers' tokens were taken without regard to the end-of-text token.
         if let Some(end) = want.iter().position(|token| decoder.config().eos_token_ids.contains(token)) {
             want.truncate(end);

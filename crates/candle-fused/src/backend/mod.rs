@@ -62,9 +62,7 @@ const OPS: [(&str, &[DeviceKind]); 9] = {
 
 /// The operations that run fused on this kind of device; the others run their reference there.
 pub fn fused_ops(kind: DeviceKind) -> impl Iterator<Item = &'static str> {
-    OPS.iter()
-        .filter(move |(_, kinds)| kinds.contains(&kind))
-        .map(|&(op, _)| op)
+    OPS.iter().filter(move |(_, kinds)| kinds.contains(&kind)).map(|&(op, _)| op)
 }
 
 /// Runs `fused` where `x` lives if there are kernels for it, else `reference`, and counts which.
@@ -79,14 +77,7 @@ pub(crate) fn dispatch(
         telemetry::count(op, kind, x.dtype(), Path::Fused);
         fused()
     } else {
-        telemetry::count(
-            op,
-            kind,
-            x.dtype(),
-            Path::Fallback {
-                reason: "no kernel for this device",
-            },
-        );
+        telemetry::count(op, kind, x.dtype(), Path::Fallback { reason: "no kernel for this device" });
         reference()
     }
 }

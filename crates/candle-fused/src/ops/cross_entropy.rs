@@ -16,11 +16,7 @@ const OP: &str = "cross_entropy";
 ///
 /// # Errors
 /// Other shapes or dtypes, and a target outside `0..v` that is not `ignore_index`: the row and the value are named.
-pub fn cross_entropy(
-    logits: &Tensor,
-    targets: &Tensor,
-    ignore_index: Option<i64>,
-) -> Result<Tensor> {
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
     check(logits, targets, ignore_index)?;
     backend::dispatch(
         OP,
@@ -31,63 +27,38 @@ pub fn cross_entropy(
 }
 
 /// The column each row is to predict, `None` where the row does not count.
-fn check(
-    logits: &Tensor,
-    targets: &Tensor,
-    ignore_index: Option<i64>,
-) -> Result<Vec<Option<usize>>> {
+fn check(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Vec<Option<usize>>> {
     check::float(OP, "logits", logits)?;
     check::rank(OP, "logits", logits, 2)?;
     let (n, v) = logits.dims2()?;
     check::shape(OP, "targets", targets, &[n])?;
     check::device(OP, "targets", targets, logits.device())?;
     if !matches!(targets.dtype(), DType::I64 | DType::U32) {
-        bail!(
-            "{OP}: targets must be i64 or u32, got {}",
-            targets.dtype().as_str()
-        );
+        bail!("{OP}: targets must be i64 or u32, got {}", targets.dtype().as_str());
     }
     let column = |(row, target): (usize, i64)| match usize::try_from(target) {
         _ if Some(target) == ignore_index => Ok(None),
         Ok(column) if column < v => Ok(Some(column)),
         _ => bail!("{OP}: the target of row {row} must be in 0..{v}, got {target}"),
     };
-    targets
-        .to_dtype(DType::I64)?
-        .to_vec1::<i64>()?
-        .into_iter()
-        .enumerate()
-        .map(column)
-        .collect()
+    targets.to_dtype(DType::I64)?.to_vec1::<i64>()?.into_iter().enumerate().map(column).collect()
 }
 
 /// [`cross_entropy`] in plain Candle operations.
 pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
     let columns = check(logits, targets, ignore_index)?;
-    let counted: Vec<(usize, usize)> = columns
-        .into_iter()
-        .enumerate()
-        .filter_map(|(row, column)| Some((row, column?)))
-        .collect();
+    let counted: Vec<(usize, usize)> =
+        columns.into_iter().enumerate().filter_map(|(row, column)| Some((row, column?))).collect();
     if counted.is_empty() {
         // On the graph, with a gradient of zeros.
-        return logits
-            .flatten_all()?
-            .narrow(0, 0, 0)?
-            .to_dtype(DType::F32)?
-            .sum_all();
+        return logits.flatten_all()?.narrow(0, 0, 0)?.to_dtype(DType::F32)?.sum_all();
     }
     let index = |values: Vec<usize>| {
-        let values = values
-            .into_iter()
-            .map(u32::try_from)
-            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let values = values.into_iter().map(u32::try_from).collect::<std::result::Result<Vec<_>, _>>()?;
         Tensor::new(values, logits.device())
     };
     let (rows, columns) = counted.into_iter().unzip();
-    let wide = logits
-        .to_dtype(DType::F32)?
-        .index_select(&index(rows)?, 0)?;
+    let wide = logits.to_dtype(DType::F32)?.index_select(&index(rows)?, 0)?;
     let max = wide.max_keepdim(D::Minus1)?.detach();
     let shifted = wide.broadcast_sub(&max)?;
     let lse = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;

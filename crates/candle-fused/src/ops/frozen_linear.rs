@@ -16,12 +16,7 @@ const OP: &str = "frozen_linear";
 /// A scalar, another dtype, a weight or bias of another shape, dtype or device.
 pub fn frozen_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     low_rank::check_base(OP, x, weight, bias)?;
-    backend::dispatch(
-        OP,
-        x,
-        || low_rank::frozen(OP, x, weight, bias),
-        || reference(x, weight, bias),
-    )
+    backend::dispatch(OP, x, || low_rank::frozen(OP, x, weight, bias), || reference(x, weight, bias))
 }
 
 /// [`frozen_linear`] in plain Candle operations, which compute the weight's gradient and then drop it.

@@ -16,19 +16,9 @@ const OP: &str = "layer_norm";
 /// # Errors
 /// A scalar, another dtype, a weight or bias of another shape, dtype or device, an `eps` that is negative or not
 /// finite.
-pub fn layer_norm(
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    eps: f32,
-) -> Result<Tensor> {
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
     check(x, weight, bias, eps)?;
-    backend::dispatch(
-        OP,
-        x,
-        || reference(x, weight, bias, eps),
-        || reference(x, weight, bias, eps),
-    )
+    backend::dispatch(OP, x, || reference(x, weight, bias, eps), || reference(x, weight, bias, eps))
 }
 
 fn check(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<()> {
@@ -42,12 +32,7 @@ fn check(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -
 }
 
 /// [`layer_norm`] in plain Candle operations. Its squares overflow where those of the fused operation do not.
-pub fn reference(
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    eps: f32,
-) -> Result<Tensor> {
+pub fn reference(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
     check(x, weight, bias, eps)?;
     if x.elem_count() == 0 {
         return x.copy();

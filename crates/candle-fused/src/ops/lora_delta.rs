@@ -17,37 +17,14 @@ const OP: &str = "lora_delta";
 ///
 /// # Errors
 /// A scalar, another dtype, A or B of another shape or device, a scaling that is not finite.
-pub fn lora_delta(
-    x: &Tensor,
-    a: &Tensor,
-    b: &Tensor,
-    scaling: f32,
-    layout: LoraLayout,
-) -> Result<Tensor> {
+pub fn lora_delta(x: &Tensor, a: &Tensor, b: &Tensor, scaling: f32, layout: LoraLayout) -> Result<Tensor> {
     low_rank::check_adapter(OP, x, a, b, scaling, layout)?;
-    let call = LowRank {
-        op: OP,
-        weight: None,
-        scaling,
-        dropout: None,
-        layout,
-    };
-    backend::dispatch(
-        OP,
-        x,
-        || call.forward(x, a, b, None),
-        || reference(x, a, b, scaling, layout),
-    )
+    let call = LowRank { op: OP, weight: None, scaling, dropout: None, layout };
+    backend::dispatch(OP, x, || call.forward(x, a, b, None), || reference(x, a, b, scaling, layout))
 }
 
 /// [`lora_delta`] in plain Candle operations.
-pub fn reference(
-    x: &Tensor,
-    a: &Tensor,
-    b: &Tensor,
-    scaling: f32,
-    layout: LoraLayout,
-) -> Result<Tensor> {
+pub fn reference(x: &Tensor, a: &Tensor, b: &Tensor, scaling: f32, layout: LoraLayout) -> Result<Tensor> {
     low_rank::check_adapter(OP, x, a, b, scaling, layout)?;
     low_rank::reference_delta(x, a, b, scaling, None, layout)
 }

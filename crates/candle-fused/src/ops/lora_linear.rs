@@ -36,19 +36,8 @@ pub fn lora_linear(
     options: LoraLinearOptions,
 ) -> Result<Tensor> {
     let LoraLinearOptions { scaling, dropout } = check(x, weight, bias, a, b, options)?;
-    let call = LowRank {
-        op: OP,
-        weight: Some(weight.clone()),
-        scaling,
-        dropout,
-        layout: LoraLayout::Peft,
-    };
-    backend::dispatch(
-        OP,
-        x,
-        || call.forward(x, a, b, bias),
-        || reference(x, weight, bias, a, b, options),
-    )
+    let call = LowRank { op: OP, weight: Some(weight.clone()), scaling, dropout, layout: LoraLayout::Peft };
+    backend::dispatch(OP, x, || call.forward(x, a, b, bias), || reference(x, weight, bias, a, b, options))
 }
 
 /// The options, without a dropout that drops nothing.
@@ -63,18 +52,12 @@ fn check(
     low_rank::check_base(OP, x, weight, bias)?;
     let out = low_rank::check_adapter(OP, x, a, b, options.scaling, LoraLayout::Peft)?;
     if out != weight.dim(0)? {
-        bail!(
-            "{OP}: b must have the weight's {} rows, got {out}",
-            weight.dim(0)?
-        );
+        bail!("{OP}: b must have the weight's {} rows, got {out}", weight.dim(0)?);
     }
     if let Some(dropout) = options.dropout {
         dropout.check(OP)?;
     }
-    Ok(LoraLinearOptions {
-        dropout: options.dropout.filter(|dropout| dropout.p > 0.0),
-        ..options
-    })
+    Ok(LoraLinearOptions { dropout: options.dropout.filter(|dropout| dropout.p > 0.0), ..options })
 }
 
 /// [`lora_linear`] in plain Candle operations, which compute the weight's gradient and then drop it.

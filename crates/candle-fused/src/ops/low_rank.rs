@@ -56,32 +56,20 @@ impl Dropout {
         let threshold = (f64::from(self.p) * 4_294_967_296.0).round();
         let [low, high] = halves(block);
         let kept = 1.0 / (1.0 - self.p);
-        philox4x32([low, high, 0, 0], halves(self.seed)).map(|word| {
-            if f64::from(word) >= threshold {
-                kept
-            } else {
-                0.0
-            }
-        })
+        philox4x32([low, high, 0, 0], halves(self.seed))
+            .map(|word| if f64::from(word) >= threshold { kept } else { 0.0 })
     }
 
     /// The factors of a whole `[rows, columns]` matrix, in f32.
     fn mask(self, (rows, columns): (usize, usize), device: &Device) -> Result<Tensor> {
         let count = rows * columns;
-        let factors = (0..count.div_ceil(4) as u64)
-            .flat_map(|block| self.factors(block))
-            .take(count);
+        let factors = (0..count.div_ceil(4) as u64).flat_map(|block| self.factors(block)).take(count);
         Tensor::from_vec(factors.collect::<Vec<f32>>(), (rows, columns), device)
     }
 }
 
 /// A frozen weight `[out, in]` and bias `[out]` match `x [..., in]`.
-pub(super) fn check_base(
-    op: &str,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<()> {
+pub(super) fn check_base(op: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     check::float(op, "x", x)?;
     let columns = check::last_dim(op, "x", x)?;
     check::rank(op, "weight", weight, 2)?;
@@ -125,10 +113,7 @@ pub(super) fn check_adapter(
 
 /// `x [..., d]` as the matrix `[n, d]` of its rows.
 fn rows(x: &Tensor) -> Result<Tensor> {
-    let (n, d) = (
-        x.dims().iter().rev().skip(1).product::<usize>(),
-        x.dim(D::Minus1)?,
-    );
+    let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
     x.reshape((n, d))
 }
 
@@ -174,12 +159,7 @@ fn combine(
 }
 
 /// `x·Wᵀ + bias`, recorded.
-pub(super) fn frozen(
-    op: &'static str,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
+pub(super) fn frozen(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let weight = operand(weight)?;
     let y = rows(&x.detach())?.matmul(&weight.t()?)?;
     let y = match bias {
@@ -199,12 +179,7 @@ impl Backward<1> for FrozenBackward {
         self.op
     }
 
-    fn backward(
-        &self,
-        [x]: [&Tensor; 1],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
         if !x.track_op() {
             return Ok([None]);
         }
@@ -234,22 +209,11 @@ impl LowRank {
         self.weight = self.weight.as_ref().map(operand).transpose()?;
         let (a_matrix, b_matrix) = self.matrices(a, b)?;
         let x_rows = rows(&x.detach())?;
-        let h =
-            (self.input(&x_rows, a.dtype())?.matmul(&a_matrix.t()?)? * f64::from(self.scaling))?;
+        let h = (self.input(&x_rows, a.dtype())?.matmul(&a_matrix.t()?)? * f64::from(self.scaling))?;
         let low = h.matmul(&b_matrix.t()?)?;
-        let base = self
-            .weight
-            .as_ref()
-            .map(|weight| x_rows.matmul(&weight.t()?))
-            .transpose()?;
+        let base = self.weight.as_ref().map(|weight| x_rows.matmul(&weight.t()?)).transpose()?;
         let y = combine(base, &low, bias, None, x.dtype())?;
-        graph::record3(
-            x,
-            a,
-            b,
-            like_rows(&y, x)?,
-            LowRankBackward { h, call: self },
-        )
+        graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })
     }
 
     /// `D(x)` in the dtype of the low-rank products.
@@ -259,10 +223,7 @@ impl LowRank {
 
     /// A and B as `[r, in]` and `[out, r]`, ready for products.
     fn matrices(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((
-            operand(&self.layout.turn(a)?)?,
-            operand(&self.layout.turn(b)?)?,
-        ))
+        Ok((operand(&self.layout.turn(a)?)?, operand(&self.layout.turn(b)?)?))
     }
 }
 
@@ -277,12 +238,7 @@ impl Backward<3> for LowRankBackward {
         self.call.op
     }
 
-    fn backward(
-        &self,
-        [x, a, b]: [&Tensor; 3],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
+    fn backward(&self, [x, a, b]: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let call = &self.call;
         let (a_matrix, b_matrix) = call.matrices(a, b)?;
         let grad = rows(grad)?;
@@ -300,11 +256,7 @@ impl Backward<3> for LowRankBackward {
             gradients[1] = Some(call.layout.turn(&e.t()?.matmul(&input)?)?);
         }
         if x.track_op() {
-            let base = call
-                .weight
-                .as_ref()
-                .map(|weight| grad.matmul(weight))
-                .transpose()?;
+            let base = call.weight.as_ref().map(|weight| grad.matmul(weight)).transpose()?;
             let grad_x = combine(base, &e.matmul(&a_matrix)?, None, call.dropout, x.dtype())?;
             gradients[0] = Some(grad_x.reshape(x.shape())?);
         }

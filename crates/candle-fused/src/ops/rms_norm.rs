@@ -16,12 +16,7 @@ const OP: &str = "rms_norm";
 /// A scalar, another dtype, a weight of another shape, dtype or device, an `eps` that is negative or not finite.
 pub fn rms_norm(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor> {
     check(x, weight, eps)?;
-    backend::dispatch(
-        OP,
-        x,
-        || reference(x, weight, eps),
-        || reference(x, weight, eps),
-    )
+    backend::dispatch(OP, x, || reference(x, weight, eps), || reference(x, weight, eps))
 }
 
 fn check(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<()> {

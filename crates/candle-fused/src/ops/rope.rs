@@ -28,12 +28,7 @@ pub enum RopeLayout {
 /// Another rank or dtype, tables of other shapes or devices, more columns to rotate than `x` has.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
     check(x, cos, sin)?;
-    backend::dispatch(
-        OP,
-        x,
-        || reference(x, cos, sin, layout),
-        || reference(x, cos, sin, layout),
-    )
+    backend::dispatch(OP, x, || reference(x, cos, sin, layout), || reference(x, cos, sin, layout))
 }
 
 fn check(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<()> {
@@ -42,10 +37,7 @@ fn check(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<()> {
     let (b, _, t, d) = x.dims4()?;
     let half = check::last_dim(OP, "cos", cos)?;
     if 2 * half > d {
-        bail!(
-            "{OP}: x has {d} columns, got tables that rotate {}",
-            2 * half
-        );
+        bail!("{OP}: x has {d} columns, got tables that rotate {}", 2 * half);
     }
     for (name, table) in [("cos", cos), ("sin", sin)] {
         match table.dims() {
@@ -70,21 +62,14 @@ pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> 
     let table = |table: &Tensor| {
         let table = table.detach().to_dtype(DType::F32)?;
         // [b, t, h] is broadcast over the heads.
-        if table.rank() == 3 {
-            table.unsqueeze(1)
-        } else {
-            Ok(table)
-        }
+        if table.rank() == 3 { table.unsqueeze(1) } else { Ok(table) }
     };
     let (cos, sin) = (table(cos)?, table(sin)?);
     let (b, heads, t, d) = x.dims4()?;
     let wide = x.to_dtype(DType::F32)?;
     let turned = wide.narrow(D::Minus1, 0, 2 * half)?;
     let (u, v) = match layout {
-        RopeLayout::Half => (
-            turned.narrow(D::Minus1, 0, half)?,
-            turned.narrow(D::Minus1, half, half)?,
-        ),
+        RopeLayout::Half => (turned.narrow(D::Minus1, 0, half)?, turned.narrow(D::Minus1, half, half)?),
         RopeLayout::Interleaved => {
             let pairs = turned.reshape((b, heads, t, half, 2))?;
             (

@@ -32,10 +32,7 @@ pub struct SoftmaxOptions {
 
 impl Default for SoftmaxOptions {
     fn default() -> Self {
-        Self {
-            scale: 1.0,
-            mask: Mask::None,
-        }
+        Self { scale: 1.0, mask: Mask::None }
     }
 }
 
@@ -74,17 +71,11 @@ pub fn reference(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
         let queries = Tensor::arange(0u32, u32::try_from(q)?, x.device())?.reshape((q, 1))?;
         let keys = Tensor::arange(0u32, u32::try_from(k)?, x.device())?;
         let limits = (queries.to_dtype(DType::I64)? + f64::from(u32::try_from(k - q)?))?;
-        let visible = keys
-            .to_dtype(DType::I64)?
-            .broadcast_as((q, k))?
-            .broadcast_le(&limits)?;
+        let visible = keys.to_dtype(DType::I64)?.broadcast_as((q, k))?.broadcast_le(&limits)?;
         let hidden = Tensor::new(f32::NEG_INFINITY, x.device())?.broadcast_as(x.shape())?;
-        logits = visible
-            .broadcast_as(x.shape())?
-            .where_cond(&logits, &hidden)?;
+        logits = visible.broadcast_as(x.shape())?.where_cond(&logits, &hidden)?;
     }
     let max = logits.max_keepdim(D::Minus1)?.detach();
     let exp = logits.broadcast_sub(&max)?.exp()?;
-    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?
-        .to_dtype(x.dtype())
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?.to_dtype(x.dtype())
 }

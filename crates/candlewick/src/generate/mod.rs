@@ -2,8 +2,8 @@
 
 mod sampling;
 
-pub use sampling::Sampling;
 use sampling::Sampler;
+pub use sampling::Sampling;
 
 use std::ops::ControlFlow;
 
@@ -55,21 +55,18 @@ pub fn generate(
     options: GenerateOptions,
     mut on_text: impl FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    let encoding = tokenizer
-        .encode(prompt, true)
-        .map_err(|e| Error::Tokenizer(e.to_string()))?;
+    let encoding = tokenizer.encode(prompt, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
     let mut stream = tokenizer.decode_stream(true);
     let mut failure = None;
-    let generated = generate_tokens(decoder, encoding.get_ids(), options, |token| {
-        match stream.step(token) {
+    let generated =
+        generate_tokens(decoder, encoding.get_ids(), options, |token| match stream.step(token) {
             Ok(Some(text)) => on_text(&text),
             Ok(None) => ControlFlow::Continue(()),
             Err(e) => {
                 failure = Some(Error::Tokenizer(e.to_string()));
                 ControlFlow::Break(())
             }
-        }
-    })?;
+        })?;
     failure.map_or(Ok(generated), Err)
 }
 
@@ -89,11 +86,7 @@ pub fn generate_tokens(
     let config = decoder.config();
     let mut sampler = Sampler::new(options.sampling)?;
     let mut cache = KvCache::new(config);
-    let mut generated = Generated {
-        prompt_tokens: prompt.len(),
-        new_tokens: 0,
-        stop: StopReason::Length,
-    };
+    let mut generated = Generated { prompt_tokens: prompt.len(), new_tokens: 0, stop: StopReason::Length };
     let mut pending = prompt.to_vec();
     while generated.new_tokens < options.max_tokens
         && cache.len() + pending.len() <= config.max_position_embeddings

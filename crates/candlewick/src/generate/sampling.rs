@@ -1,8 +1,8 @@
 //! The next token: greedy, or drawn from the distribution that temperature, top-k and top-p leave.
 
+use rand::SeedableRng;
 use rand::distr::Distribution;
 use rand::distr::weighted::WeightedIndex;
-use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::{Error, Result};
@@ -22,12 +22,7 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
     }
 }
 
@@ -51,10 +46,7 @@ impl Sampler {
                 sampling.top_p
             )));
         }
-        Ok(Self {
-            sampling,
-            rng: ChaCha8Rng::seed_from_u64(sampling.seed),
-        })
+        Ok(Self { sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed) })
     }
 
     /// A token for these logits. Of equal logits, the lower token goes first.
@@ -75,10 +67,8 @@ impl Sampler {
             order.truncate(self.sampling.top_k);
         }
         let highest = order.first().map_or(0.0, |(_, logit)| *logit);
-        let weights: Vec<f32> = order
-            .iter()
-            .map(|(_, logit)| ((logit - highest) / self.sampling.temperature).exp())
-            .collect();
+        let weights: Vec<f32> =
+            order.iter().map(|(_, logit)| ((logit - highest) / self.sampling.temperature).exp()).collect();
         let threshold = self.sampling.top_p * weights.iter().sum::<f32>();
         let mut reached = 0.0;
         let kept = weights
@@ -111,10 +101,7 @@ mod tests {
 
     #[test]
     fn top_k_and_top_p_leave_only_the_likeliest() {
-        let warm = Sampling {
-            temperature: 1.0,
-            ..Sampling::default()
-        };
+        let warm = Sampling { temperature: 1.0, ..Sampling::default() };
         let logits = [1.0, 3.0, 2.0, -30.0];
         let seen = |sampling| {
             let mut seen = draws(sampling, &logits);
@@ -131,10 +118,7 @@ mod tests {
 
     #[test]
     fn one_seed_draws_the_same_tokens() {
-        let warm = Sampling {
-            temperature: 1.0,
-            ..Sampling::default()
-        };
+        let warm = Sampling { temperature: 1.0, ..Sampling::default() };
         let logits = [0.0; 50];
         assert_eq!(draws(warm, &logits), draws(warm, &logits));
         assert_ne!(draws(warm, &logits), draws(Sampling { seed: 1, ..warm }, &logits));

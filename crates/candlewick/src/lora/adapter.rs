@@ -1,6 +1,5 @@
 //! Adapters on a model: attached fresh, read from PEFT's files, and written to them.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Tensor, Var};
@@ -36,10 +35,7 @@ pub fn attach(decoder: &mut Decoder, config: &LoraConfig, seed: u64) -> Result<V
         let bound = to_f64(input).sqrt().recip() as f32;
         let a: Vec<f32> = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
         let device = linear.weight.device();
-        Ok((
-            Tensor::from_vec(a, (rank, input), device)?,
-            Tensor::zeros((output, rank), DType::F32, device)?,
-        ))
+        Ok((Tensor::from_vec(a, (rank, input), device)?, Tensor::zeros((output, rank), DType::F32, device)?))
     })
 }
 
@@ -93,8 +89,7 @@ pub fn save(folder: &Path, config: &LoraConfig, parameters: &[Parameter]) -> Res
     let json = serde_json::to_value(config)
         .and_then(|value| {
             // PEFT writes its fields sorted.
-            let sorted: std::collections::BTreeMap<_, _> =
-                value.as_object().into_iter().flatten().collect();
+            let sorted: std::collections::BTreeMap<_, _> = value.as_object().into_iter().flatten().collect();
             serde_json::to_string_pretty(&sorted)
         })
         .map_err(|e| Error::Adapter(format!("{CONFIG}: {e}")))?;
@@ -103,7 +98,7 @@ pub fn save(folder: &Path, config: &LoraConfig, parameters: &[Parameter]) -> Res
         .iter()
         .map(|parameter| (parameter.name.clone(), parameter.var.as_detached_tensor()))
         .collect();
-    let header = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let header = [("format".to_string(), "pt".to_string())];
     write_safetensors(&folder.join(WEIGHTS), tensors, header)
 }
 
@@ -156,8 +151,5 @@ pub fn expand_all_linear(config: LoraConfig, decoder: &Decoder) -> LoraConfig {
         .collect();
     names.sort_unstable();
     names.dedup();
-    LoraConfig {
-        target_modules: Some(Modules::Names(names)),
-        ..config
-    }
+    LoraConfig { target_modules: Some(Modules::Names(names)), ..config }
 }

@@ -264,10 +264,7 @@ mod tests {
     ];
 
     fn select(target: Modules, change: impl FnOnce(&mut LoraConfig)) -> Result<Vec<&'static str>> {
-        let mut config = LoraConfig {
-            target_modules: Some(target),
-            ..LoraConfig::default()
-        };
+        let mut config = LoraConfig { target_modules: Some(target), ..LoraConfig::default() };
         change(&mut config);
         config.select(PATHS.into_iter())
     }
@@ -284,7 +281,8 @@ mod tests {
         assert!(select(Modules::Pattern(r"layers\.0\..*".into()), unchanged).is_err());
         let first = |config: &mut LoraConfig| config.layers_to_transform = Some(Layers::Many(vec![1]));
         assert_eq!(select(Modules::from_option("all-linear"), first).unwrap(), PATHS[2..3]);
-        let exclude = |config: &mut LoraConfig| config.exclude_modules = Some(Modules::from_option("up_proj"));
+        let exclude =
+            |config: &mut LoraConfig| config.exclude_modules = Some(Modules::from_option("up_proj"));
         assert_eq!(select(Modules::from_option("all-linear"), exclude).unwrap(), [PATHS[0], PATHS[2]]);
     }
 

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::adapter::{open, tensor_name};
 use crate::files::{write_atomically, write_safetensors};
-use crate::model::{Decoder, Linear, ModelFiles, ParameterSource, TensorFile, load_config};
+use crate::model::{Decoder, INDEX, Linear, ModelFiles, ParameterSource, TensorFile, load_config};
 use crate::{Error, Result};
 
 /// Whether the delta is added or taken away.
@@ -54,9 +54,8 @@ pub fn merge(base: &ModelFiles, adapter: &Path, output: &Path, direction: Direct
                 Ok((name, sum.to_dtype(tensor.dtype())?))
             })
             .collect::<Result<Vec<_>>>()?;
-        let header = file
-            .header()
-            .unwrap_or_else(|| HashMap::from([("format".to_string(), "pt".to_string())]));
+        let header =
+            file.header().unwrap_or_else(|| HashMap::from([("format".to_string(), "pt".to_string())]));
         write_safetensors(&output.join(name), tensors, header)?;
     }
     if merged != deltas.len() {
@@ -66,7 +65,10 @@ pub fn merge(base: &ModelFiles, adapter: &Path, output: &Path, direction: Direct
             deltas.len()
         )));
     }
-    copy_rest(base, output)
+    if weight_files.len() > 1 {
+        write_atomically(&output.join(INDEX), &base.read(INDEX)?)?;
+    }
+    base.copy_texts(output)
 }
 
 /// Gives every parameter its shape and no memory: enough to ask a model for its projections.
@@ -128,23 +130,7 @@ fn deltas(
 fn take(file: &TensorFile, name: &str, shape: [usize; 2]) -> Result<Tensor> {
     let got = file.shape(name)?;
     if got != shape {
-        return Err(Error::model(
-            file.path(),
-            format!("tensor {name} must be {shape:?}, got {got:?}"),
-        ));
+        return Err(Error::model(file.path(), format!("tensor {name} must be {shape:?}, got {got:?}")));
     }
     Ok(file.load(name, &Device::Cpu)?.to_dtype(DType::F32)?)
-}
-
-/// Copies every file of the base folder that holds no weights.
-fn copy_rest(base: &ModelFiles, output: &Path) -> Result<()> {
-    for name in base.names()? {
-        let is_weights = Path::new(&name).extension().is_some_and(|extension| {
-            ["safetensors", "bin", "pt", "pth", "gguf"].iter().any(|kind| extension == *kind)
-        });
-        if !is_weights && !output.join(&name).exists() {
-            write_atomically(&output.join(&name), &base.read(&name)?)?;
-        }
-    }
-    Ok(())
 }

@@ -172,9 +172,7 @@ impl RawConfig {
             "qwen2" => Architecture::Qwen2,
             "qwen3" => Architecture::Qwen3,
             other => {
-                return Err(format!(
-                    "model_type must be llama, mistral, qwen2 or qwen3, got {other}"
-                ));
+                return Err(format!("model_type must be llama, mistral, qwen2 or qwen3, got {other}"));
             }
         };
         if self.quantization_config.is_some() {
@@ -197,7 +195,7 @@ impl RawConfig {
         }
         let heads = self.num_attention_heads;
         let kv_heads = self.num_key_value_heads.unwrap_or(heads);
-        if kv_heads == 0 || heads % kv_heads != 0 {
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(format!(
                 "num_key_value_heads must divide num_attention_heads = {heads}, got {kv_heads}"
             ));
@@ -205,7 +203,7 @@ impl RawConfig {
         let head_dim = match self.head_dim {
             Some(0) => return Err("head_dim must not be 0".into()),
             Some(head_dim) => head_dim,
-            None if self.hidden_size % heads == 0 => self.hidden_size / heads,
+            None if self.hidden_size.is_multiple_of(heads) => self.hidden_size / heads,
             None => {
                 return Err(format!(
                     "hidden_size = {} must be a multiple of num_attention_heads = {heads}",
@@ -214,15 +212,10 @@ impl RawConfig {
             }
         };
         let rope = self.rope_parameters.as_ref();
-        let rotary_fraction = rope
-            .and_then(|rope| rope.partial_rotary_factor)
-            .or(self.partial_rotary_factor)
-            .unwrap_or(1.0);
+        let rotary_fraction =
+            rope.and_then(|rope| rope.partial_rotary_factor).or(self.partial_rotary_factor).unwrap_or(1.0);
         let rotary_dim = rotary_dim(head_dim, rotary_fraction)?;
-        let rope_theta = rope
-            .and_then(|rope| rope.rope_theta)
-            .or(self.rope_theta)
-            .unwrap_or(10_000.0);
+        let rope_theta = rope.and_then(|rope| rope.rope_theta).or(self.rope_theta).unwrap_or(10_000.0);
         if !(rope_theta.is_finite() && rope_theta > 0.0) {
             return Err(format!("rope_theta must be above 0, got {rope_theta}"));
         }
@@ -281,9 +274,7 @@ impl RawRope {
         };
         match self.rope_type.as_deref() {
             None | Some("default") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear {
-                factor: positive("factor", self.factor)?,
-            }),
+            Some("linear") => Ok(RopeScaling::Linear { factor: positive("factor", self.factor)? }),
             Some("llama3") => {
                 let low_freq_factor = positive("low_freq_factor", self.low_freq_factor)?;
                 let high_freq_factor = positive("high_freq_factor", self.high_freq_factor)?;
@@ -300,9 +291,7 @@ impl RawRope {
                     )?,
                 })
             }
-            Some(other) => Err(format!(
-                "rope scaling must be default, linear or llama3, got {other}"
-            )),
+            Some(other) => Err(format!("rope scaling must be default, linear or llama3, got {other}")),
         }
     }
 }
@@ -344,7 +333,9 @@ mod tests {
     fn transformers_5_rope_parameters_are_read() {
         let config = parse(r#","rope_parameters":{"rope_type":"llama3","rope_theta":5e5,"factor":8,"low_freq_factor":1,"high_freq_factor":4,"original_max_position_embeddings":8192}"#).unwrap();
         assert!((config.rope_theta - 5e5).abs() < 1e-9);
-        assert!(matches!(config.rope_scaling, RopeScaling::Llama3 { factor, .. } if (factor - 8.0).abs() < 1e-9));
+        assert!(
+            matches!(config.rope_scaling, RopeScaling::Llama3 { factor, .. } if (factor - 8.0).abs() < 1e-9)
+        );
     }
 
     #[test]

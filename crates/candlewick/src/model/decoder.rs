@@ -74,10 +74,7 @@ impl KvCache {
     pub fn new(config: &ModelConfig) -> Self {
         const GROWTH: usize = 256;
         let growth = GROWTH.min(config.max_position_embeddings);
-        Self {
-            layers: vec![LayerCache::new(2, growth); config.num_hidden_layers],
-            length: 0,
-        }
+        Self { layers: vec![LayerCache::new(2, growth); config.num_hidden_layers], length: 0 }
     }
 
     /// Tokens in the cache.
@@ -106,23 +103,11 @@ impl Decoder {
             .collect::<Result<Vec<_>>>()?;
         let norm = source.take("model.norm.weight", &[hidden])?;
         let lm_head = if config.tie_word_embeddings {
-            Linear {
-                path: "lm_head".into(),
-                weight: embedding.clone(),
-                bias: None,
-                adapter: None,
-            }
+            Linear { path: "lm_head".into(), weight: embedding.clone(), bias: None, adapter: None }
         } else {
             linear(source, "lm_head".into(), hidden, config.vocab_size, false)?
         };
-        Ok(Self {
-            rotary: Rotary::new(&config),
-            config,
-            embedding,
-            layers,
-            norm,
-            lm_head,
-        })
+        Ok(Self { rotary: Rotary::new(&config), config, embedding, layers, norm, lm_head })
     }
 
     /// The validated configuration.
@@ -208,16 +193,12 @@ impl Decoder {
             )));
         }
         let (cos, sin) = self.rotary.tables(start, tokens, self.device())?;
-        let call = Call {
-            config: &self.config,
-            cos,
-            sin,
-            dropout_seed,
-        };
-        let mut x = self
-            .embedding
-            .index_select(&ids.flatten_all()?, 0)?
-            .reshape((batch, tokens, self.config.hidden_size))?;
+        let call = Call { config: &self.config, cos, sin, dropout_seed };
+        let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((
+            batch,
+            tokens,
+            self.config.hidden_size,
+        ))?;
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_mut().and_then(|cache| cache.layers.get_mut(index));
             x = layer.forward(&x, &call, cache)?;
@@ -225,11 +206,7 @@ impl Decoder {
         if let Some(cache) = cache {
             cache.length += tokens;
         }
-        Ok(candle_fused::rms_norm(
-            &x,
-            Some(&self.norm),
-            self.config.rms_norm_eps,
-        )?)
+        Ok(candle_fused::rms_norm(&x, Some(&self.norm), self.config.rms_norm_eps)?)
     }
 }
 
@@ -237,10 +214,8 @@ impl Layer {
     fn build(config: &ModelConfig, index: usize, source: &mut dyn ParameterSource) -> Result<Self> {
         let prefix = format!("model.layers.{index}");
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let (q_width, kv_width) = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        );
+        let (q_width, kv_width) =
+            (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let attention = |name: &str| format!("{prefix}.self_attn.{name}_proj");
         let mlp = |name: &str| format!("{prefix}.mlp.{name}_proj");
         let head_norms = if config.architecture == Architecture::Qwen3 {
@@ -275,9 +250,7 @@ impl Layer {
         let normed = candle_fused::rms_norm(&x, Some(&self.post_attention_norm), eps)?;
         let gate = self.gate.forward(&normed, call.dropout_seed)?;
         let up = self.up.forward(&normed, call.dropout_seed)?;
-        let mlp = self
-            .down
-            .forward(&candle_fused::silu_mul(&gate, &up)?, call.dropout_seed)?;
+        let mlp = self.down.forward(&candle_fused::silu_mul(&gate, &up)?, call.dropout_seed)?;
         Ok((x + mlp)?)
     }
 }
@@ -287,11 +260,8 @@ impl Attention {
     fn forward(&self, x: &Tensor, call: &Call, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let config = call.config;
         let (batch, tokens, _) = x.dims3()?;
-        let (heads, kv_heads, width) = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        );
+        let (heads, kv_heads, width) =
+            (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let split = |projection: &Linear, heads: usize| -> Result<Tensor> {
             let y = projection.forward(x, call.dropout_seed)?;
             Ok(y.reshape((batch, tokens, heads, width))?)
@@ -318,10 +288,7 @@ impl Attention {
             .reshape((batch, kv_heads, group * tokens, width))?
             .matmul(&k.transpose(D::Minus2, D::Minus1)?)?
             .reshape((batch, heads, tokens, keys))?;
-        let options = SoftmaxOptions {
-            scale,
-            mask: Mask::Causal,
-        };
+        let options = SoftmaxOptions { scale, mask: Mask::Causal };
         let weights = candle_fused::softmax(&scores, options)?;
         let y = weights
             .reshape((batch, kv_heads, group * tokens, keys))?
@@ -341,13 +308,6 @@ fn linear(
     bias: bool,
 ) -> Result<Linear> {
     let weight = source.take(&format!("{path}.weight"), &[output, input])?;
-    let bias = bias
-        .then(|| source.take(&format!("{path}.bias"), &[output]))
-        .transpose()?;
-    Ok(Linear {
-        path,
-        weight,
-        bias,
-        adapter: None,
-    })
+    let bias = bias.then(|| source.take(&format!("{path}.bias"), &[output])).transpose()?;
+    Ok(Linear { path, weight, bias, adapter: None })
 }

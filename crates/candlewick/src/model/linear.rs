@@ -40,22 +40,11 @@ impl Linear {
     pub fn forward(&self, x: &Tensor, dropout_seed: Option<u64>) -> Result<Tensor> {
         let bias = self.bias.as_ref();
         if let Some(adapter) = &self.adapter {
-            let dropout = dropout_seed.filter(|_| adapter.dropout > 0.0).map(|seed| Dropout {
-                p: adapter.dropout,
-                seed: mix(seed, adapter.index),
-            });
-            let options = LoraLinearOptions {
-                scaling: adapter.scaling,
-                dropout,
-            };
-            return Ok(candle_fused::lora_linear(
-                x,
-                &self.weight,
-                bias,
-                &adapter.a,
-                &adapter.b,
-                options,
-            )?);
+            let dropout = dropout_seed
+                .filter(|_| adapter.dropout > 0.0)
+                .map(|seed| Dropout { p: adapter.dropout, seed: mix(seed, adapter.index) });
+            let options = LoraLinearOptions { scaling: adapter.scaling, dropout };
+            return Ok(candle_fused::lora_linear(x, &self.weight, bias, &adapter.a, &adapter.b, options)?);
         }
         if !self.weight.track_op() {
             return Ok(candle_fused::frozen_linear(x, &self.weight, bias)?);
@@ -82,7 +71,7 @@ impl Linear {
     }
 }
 
-/// Decorrelates seeds: the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+/// Decorrelates seeds: the finalizer of `SplitMix64` (Steele, Lea, Flood 2014).
 pub(crate) fn mix(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add((index + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -12,6 +12,7 @@ pub use linear::{Adapter, Linear};
 pub use weights::{ModelFiles, TensorFile, Weights};
 
 pub(crate) use config::to_f64;
+pub(crate) use weights::INDEX;
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::SeedableRng;
@@ -108,11 +109,7 @@ impl<S: ParameterSource> ParameterSource for Trainable<'_, S> {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let var = Var::from_tensor(&self.0.take(name, shape)?)?;
         let tensor = var.as_tensor().clone();
-        self.1.push(Parameter {
-            name: name.into(),
-            var,
-            zero_first_gradient: false,
-        });
+        self.1.push(Parameter { name: name.into(), var, zero_first_gradient: false });
         Ok(tensor)
     }
     fn forget(&mut self, names: &[String]) {
@@ -131,14 +128,13 @@ struct Initializer {
 impl ParameterSource for Initializer {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = if shape.len() == 2 {
-            let normal = Normal::new(0.0, self.std)
-                .map_err(|e| Error::Config(format!("initializer_range: {e}")))?;
+            let normal =
+                Normal::new(0.0, self.std).map_err(|e| Error::Config(format!("initializer_range: {e}")))?;
             let count = shape.iter().product();
             #[expect(clippy::cast_possible_truncation, reason = "drawn in f64, kept in f32")]
-            let values: Vec<f32> =
-                (0..count).map(|_| normal.sample(&mut self.rng) as f32).collect();
+            let values: Vec<f32> = (0..count).map(|_| normal.sample(&mut self.rng) as f32).collect();
             Tensor::from_vec(values, shape, &self.device)?
-        } else if name.ends_with(".bias") {
+        } else if name.rsplit('.').next() == Some("bias") {
             Tensor::zeros(shape, DType::F32, &self.device)?
         } else {
             Tensor::ones(shape, DType::F32, &self.device)?

@@ -30,11 +30,11 @@ impl Rotary {
     /// The angle is the f32 product of position and frequency, as in transformers, so that long contexts agree with it.
     pub(super) fn tables(&self, start: usize, length: usize, device: &Device) -> Result<(Tensor, Tensor)> {
         let pairs = self.inverse_frequencies.len();
-        let (mut cos, mut sin) = (
-            Vec::with_capacity(length * pairs),
-            Vec::with_capacity(length * pairs),
-        );
-        #[expect(clippy::cast_possible_truncation, reason = "rounding to the f32 that transformers computes in")]
+        let (mut cos, mut sin) = (Vec::with_capacity(length * pairs), Vec::with_capacity(length * pairs));
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "rounding to the f32 that transformers computes in"
+        )]
         for position in start..start + length {
             let position = to_f64(position) as f32;
             for &frequency in &self.inverse_frequencies {
@@ -44,10 +44,7 @@ impl Rotary {
             }
         }
         let shape = (length, pairs);
-        Ok((
-            Tensor::from_vec(cos, shape, device)?,
-            Tensor::from_vec(sin, shape, device)?,
-        ))
+        Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
     }
 }
 
@@ -63,8 +60,7 @@ fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
             original_max_position_embeddings,
         } => {
             let turns = original_max_position_embeddings * frequency / TAU;
-            let smooth =
-                ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+            let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
             (1.0 - smooth) * frequency / factor + smooth * frequency
         }
     }

@@ -12,10 +12,11 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
 
 use super::ParameterSource;
+use crate::files::write_atomically;
 use crate::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Where a model's files are: a Hugging Face folder, or files compiled into the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,8 +69,7 @@ impl ModelFiles {
     /// # Errors
     /// The file is missing, cannot be read, or is not UTF-8.
     pub fn text(&self, name: &str) -> Result<String> {
-        String::from_utf8(self.read(name)?.into_owned())
-            .map_err(|e| Error::model(self.path(name), e))
+        String::from_utf8(self.read(name)?.into_owned()).map_err(|e| Error::model(self.path(name), e))
     }
 
     /// The names of all files, sorted; folders within the folder are left out.
@@ -94,6 +94,22 @@ impl ModelFiles {
         }
     }
 
+    /// Copies every file that holds no weights into another folder; what is there already stays.
+    ///
+    /// # Errors
+    /// A file cannot be read or written.
+    pub fn copy_texts(&self, folder: &Path) -> Result<()> {
+        const WEIGHTS: [&str; 5] = ["safetensors", "bin", "pt", "pth", "gguf"];
+        for name in self.names()? {
+            let extension = Path::new(&name).extension();
+            let is_weights = WEIGHTS.iter().any(|weights| extension.is_some_and(|e| e == *weights));
+            if !is_weights && name != INDEX && !folder.join(&name).exists() {
+                write_atomically(&folder.join(&name), &self.read(&name)?)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The names of the safetensors files, in a fixed order; empty if the folder holds no weights.
     ///
     /// # Errors
@@ -109,8 +125,8 @@ impl ModelFiles {
         if !self.has(INDEX) {
             return Ok(Vec::new());
         }
-        let index: Index = serde_json::from_str(&self.text(INDEX)?)
-            .map_err(|e| Error::model(self.path(INDEX), e))?;
+        let index: Index =
+            serde_json::from_str(&self.text(INDEX)?).map_err(|e| Error::model(self.path(INDEX), e))?;
         let files: BTreeSet<String> = index.weight_map.into_values().collect();
         for file in &files {
             let mut parts = Path::new(file).components();
@@ -207,9 +223,7 @@ impl TensorFile {
 
     /// The tensor's dtype, shape and place, or an error that names it.
     fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.metadata
-            .info(name)
-            .ok_or_else(|| Error::model(&self.path, format!("tensor {name} is missing")))
+        self.metadata.info(name).ok_or_else(|| Error::model(&self.path, format!("tensor {name} is missing")))
     }
 
     /// The tensor's shape.
@@ -255,10 +269,7 @@ impl Weights {
     pub fn open(files: &ModelFiles, dtype: Option<DType>, device: &Device) -> Result<Self> {
         let names = files.weight_files()?;
         if names.is_empty() {
-            return Err(Error::model(
-                files.path(SINGLE),
-                format!("there is neither this file nor {INDEX}"),
-            ));
+            return Err(Error::model(files.path(SINGLE), format!("there is neither this file nor {INDEX}")));
         }
         let opened = names.iter().map(|name| files.open(name)).collect::<Result<Vec<_>>>()?;
         let mut place = BTreeMap::new();
@@ -272,12 +283,7 @@ impl Weights {
                 }
             }
         }
-        Ok(Self {
-            files: opened,
-            place,
-            dtype,
-            device: device.clone(),
-        })
+        Ok(Self { files: opened, place, dtype, device: device.clone() })
     }
 
     /// Ends the reading: every tensor must have been taken.
@@ -312,10 +318,7 @@ impl ParameterSource for Weights {
         let file = &self.files[index];
         let got = file.shape(name)?;
         if got != shape {
-            return Err(Error::model(
-                file.path(),
-                format!("tensor {name} must be {shape:?}, got {got:?}"),
-            ));
+            return Err(Error::model(file.path(), format!("tensor {name} must be {shape:?}, got {got:?}")));
         }
         let tensor = file.load(name, &self.device)?;
         if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {

@@ -10,7 +10,10 @@ use crate::Outcome;
 pub fn run() -> Outcome {
     println!("wick {}", env!("CARGO_PKG_VERSION"));
     line("system", &format!("{} {}", std::env::consts::OS, std::env::consts::ARCH));
-    line("features", &list(&[("custom-metal", cfg!(feature = "custom-metal")), ("cuda", cfg!(feature = "cuda"))]));
+    line(
+        "features",
+        &list(&[("custom-metal", cfg!(feature = "custom-metal")), ("cuda", cfg!(feature = "cuda"))]),
+    );
     line("allocator", "mimalloc");
     line("threads", &utils::get_num_threads().to_string());
     line(

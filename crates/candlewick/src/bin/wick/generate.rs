@@ -45,9 +45,7 @@ pub fn run(options: &Options) -> Outcome {
     let mut prompt = options.prompt.clone();
     if prompt == "-" {
         prompt.clear();
-        std::io::stdin()
-            .read_to_string(&mut prompt)
-            .map_err(Error::io("standard input"))?;
+        std::io::stdin().read_to_string(&mut prompt).map_err(Error::io("standard input"))?;
     }
     let generate_options = GenerateOptions {
         max_tokens: options.max_tokens,

@@ -1,7 +1,7 @@
 //! `wick`: LoRA fine-tuning from the command line.
 
 mod doctor;
-//mod evaluate;
+mod evaluate;
 mod generate;
 mod merge;
 mod model_options;
@@ -29,7 +29,7 @@ enum Command {
     /// Continue a prompt, with or without an adapter
     Generate(generate::Options),
     /// Loss and perplexity over a dataset
-    //Evaluate(evaluate::Options),
+    Evaluate(evaluate::Options),
     /// Fold an adapter into its base model, or take it out again
     Merge(merge::Options),
     /// What this build can use: devices, fused ops, threads, allocator
@@ -38,14 +38,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("WICK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     let outcome = match Cli::parse().command {
         Command::Generate(options) => generate::run(&options),
-        //Command::Evaluate(options) => evaluate::run(&options),
+        Command::Evaluate(options) => evaluate::run(&options),
         Command::Merge(options) => merge::run(&options),
         Command::Doctor => doctor::run(),
     };

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use candlewick::embedded;
 use candlewick::lora::{Direction, merge};
 use candlewick::model::ModelFiles;
-use candlewick::embedded;
 use clap::Args;
 
 use crate::Outcome;

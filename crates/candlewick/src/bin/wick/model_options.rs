@@ -43,7 +43,6 @@ pub enum Place {
 
 /// A model, ready to use.
 pub struct Opened {
-    pub files: ModelFiles,
     pub decoder: Decoder,
     pub tokenizer: Tokenizer,
 }
@@ -89,10 +88,6 @@ impl ModelOptions {
         if let Some(adapter) = adapter {
             lora::load(&mut decoder, adapter)?;
         }
-        Ok(Opened {
-            files,
-            decoder,
-            tokenizer,
-        })
+        Ok(Opened { decoder, tokenizer })
     }
 }
