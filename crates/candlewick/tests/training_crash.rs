@@ -3,6 +3,7 @@
 //! The tests start this very program again, with an environment variable that makes its ignored test do the work.
 
 #![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a test")]
 
 mod training_model;
 
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use candlewick::train::checkpoint::Checkpoints;
 use candlewick::train::{Artifacts, Event, Job, Start, TrainConfig, train};
-use training_model::{Bigram, TextFile, config, dataset, files};
+use training_model::{Bigram, TextFile, config, dataset, files, leftovers};
 
 const FOLDER: &str = "CANDLEWICK_TEST_FOLDER";
 const ITERS: usize = 400;
@@ -27,7 +28,7 @@ struct Slow<'a>(TextFile<'a>);
 
 impl Artifacts for Slow<'_> {
     fn save(&self, folder: &Path) -> candlewick::Result<()> {
-        candlewick::train::atomic::write_bytes(&folder.join("ballast"), &vec![0x5a; 1 << 19])?;
+        candlewick::files::write_atomically(&folder.join("ballast"), &vec![0x5a; 1 << 19])?;
         self.0.save(folder)
     }
 }
@@ -102,7 +103,7 @@ fn killed_anywhere_a_run_goes_on_bit_for_bit() {
         child.kill().unwrap();
         child.wait().unwrap();
         hits += 1;
-        half_written += u32::from(files(killed.path()).iter().any(|name| name.ends_with(".tmp")));
+        half_written += usize::from(leftovers(killed.path()) > 0);
         // Every checkpoint that can be seen is whole.
         Checkpoints::new(killed.path()).unfinished().unwrap();
         if hits >= 25 || start.elapsed() > Duration::from_secs(20) {
@@ -118,7 +119,7 @@ fn killed_anywhere_a_run_goes_on_bit_for_bit() {
             fs::read(killed.path().join(&name)).unwrap() == fs::read(undisturbed.path().join(&name)).unwrap()
         );
     }
-    assert!(!files(killed.path()).iter().any(|name| name.ends_with(".tmp")));
+    assert_eq!(leftovers(killed.path()), 0);
 }
 
 #[test]
@@ -153,6 +154,6 @@ fn a_full_disk_is_an_error_and_leaves_what_was_there() {
     check(limited(folder.path()));
     assert_eq!(checkpoints.steps().unwrap().last(), Some(&newest));
     assert!(state() == before);
-    assert!(!files(folder.path()).iter().any(|name| name.ends_with(".tmp")));
+    assert_eq!(leftovers(folder.path()), 0);
     assert!(command(folder.path()).status().unwrap().success());
 }

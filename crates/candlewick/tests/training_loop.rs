@@ -1,5 +1,7 @@
 //! The training loop on a model that can be checked by hand.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss, reason = "a test")]
+
 mod training_model;
 
 use std::fs;
@@ -325,6 +327,9 @@ fn an_unfinished_run_is_not_overwritten_by_accident() {
     run(&Bigram::new(), folder.path(), &config(20), Start::Resume, 0).0.unwrap();
     run(&Bigram::new(), folder.path(), &config(8), Start::New, 0).0.unwrap();
     assert_eq!(files(folder.path()), ["checkpoint-5", "checkpoint-8", "model.txt"]);
+    // Also where the new checkpoints have the names of the old.
+    run(&Bigram::new(), folder.path(), &config(8), Start::New, 5).0.unwrap();
+    assert_eq!(files(folder.path()), ["checkpoint-5", "model.txt"]);
 }
 
 #[test]

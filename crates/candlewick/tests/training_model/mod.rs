@@ -9,9 +9,9 @@ use std::path::Path;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use candlewick::data::{Dataset, Sequence};
+use candlewick::files::write_atomically;
 use candlewick::train::{
-    Artifacts, Batch, Event, OptimizerConfig, Parameter, Pass, Schedule, ScheduleKind, TrainConfig,
-    Trainable, atomic,
+    Artifacts, Batch, Event, OptimizerConfig, Parameter, Pass, Schedule, ScheduleKind, TrainConfig, Trainable,
 };
 use candlewick::{Error, Result};
 use rand::{RngExt, SeedableRng};
@@ -127,7 +127,8 @@ impl Trainable for Bigram {
             Fault::NanLoss(at) if self.passes.get() >= at => Ok((loss * f64::NAN)?),
             // √(x − x) is zero, and its derivative ∞ − ∞.
             Fault::NanGradient(at) if self.passes.get() >= at => {
-                Ok((loss + (&bias - &bias)?.sqrt()?.sum_all()?)?)
+                let zero = (&bias - bias.copy()?)?;
+                Ok((loss + zero.sqrt()?.sum_all()?)?)
             }
             _ => Ok(loss),
         }
@@ -139,7 +140,7 @@ pub struct TextFile<'a>(pub &'a Bigram);
 
 impl Artifacts for TextFile<'_> {
     fn save(&self, folder: &Path) -> Result<()> {
-        atomic::write_bytes(&folder.join("model.txt"), format!("{:?}", self.0.bits()).as_bytes())
+        write_atomically(&folder.join("model.txt"), format!("{:?}", self.0.bits()).as_bytes())
     }
 }
 
@@ -206,6 +207,11 @@ pub fn files(folder: &Path) -> Vec<String> {
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+/// What a killed save leaves.
+pub fn leftovers(folder: &Path) -> usize {
+    files(folder).iter().filter(|name| name.starts_with('.')).count()
 }
 
 pub fn message(result: Result<impl std::fmt::Debug>) -> String {

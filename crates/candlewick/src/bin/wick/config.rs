@@ -23,7 +23,8 @@ pub fn parse<C: CommandFactory + FromArgMatches>() -> Result<C> {
         let flags = flags(path, subcommand)?;
         let at = arguments.iter().position(|argument| argument == name).map_or(arguments.len(), |at| at + 1);
         let (before, after) = arguments.split_at(at);
-        let all = before.iter().cloned().chain(flags.into_iter().map(OsString::from)).chain(after.iter().cloned());
+        let all =
+            before.iter().cloned().chain(flags.into_iter().map(OsString::from)).chain(after.iter().cloned());
         matches = command.get_matches_from(all);
     }
     C::from_arg_matches(&matches).map_err(|error| Error::Config(error.to_string()))
@@ -40,8 +41,8 @@ fn config_of(matches: &ArgMatches) -> Option<(&str, &Path)> {
 fn flags(path: &Path, command: &Command) -> Result<Vec<String>> {
     let fail = |message: String| Error::Config(format!("{}: {message}", path.display()));
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let entries: Map<String, Value> =
-        serde_saphyr::from_str(&text).map_err(|error| fail(format!("not a YAML mapping of flags: {error}")))?;
+    let entries: Map<String, Value> = serde_saphyr::from_str(&text)
+        .map_err(|error| fail(format!("not a YAML mapping of flags: {error}")))?;
     let mut flags = Vec::with_capacity(entries.len());
     for (key, value) in &entries {
         let name = key.replace('_', "-");
@@ -70,7 +71,8 @@ fn flags(path: &Path, command: &Command) -> Result<Vec<String>> {
 
 fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     command.get_arguments().find(|argument| {
-        argument.get_long() == Some(name) || argument.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
+        argument.get_long() == Some(name)
+            || argument.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
     })
 }
 
@@ -80,7 +82,9 @@ fn text_of(value: &Value) -> std::result::Result<String, &'static str> {
         Value::Bool(value) => Ok(value.to_string()),
         Value::Number(value) => Ok(value.to_string()),
         Value::String(value) => Ok(value.clone()),
-        Value::Array(values) => values.iter().map(text_of).collect::<std::result::Result<Vec<_>, _>>().map(|v| v.join(",")),
+        Value::Array(values) => {
+            values.iter().map(text_of).collect::<std::result::Result<Vec<_>, _>>().map(|v| v.join(","))
+        }
         Value::Null | Value::Object(_) => Err("must be a plain value or a list of them"),
     }
 }
@@ -88,7 +92,9 @@ fn text_of(value: &Value) -> std::result::Result<String, &'static str> {
 /// What to say about a key that is no flag. Files written for `mlx_lm.lora` have some that are said otherwise here.
 fn unknown(key: &str, command: &Command) -> String {
     let advice = match key {
-        "lora_parameters" => "write `rank`, `alpha` (mlx's scale times the rank), `dropout` and `target_modules` as keys",
+        "lora_parameters" => {
+            "write `rank`, `alpha` (mlx's scale times the rank), `dropout` and `target_modules` as keys"
+        }
         "lr_schedule" => "write `schedule`, `warmup` and `min_learning_rate` as keys",
         "train" | "test" | "fine_tune_type" => "the subcommand says it: leave the key out",
         _ => "",
@@ -99,7 +105,9 @@ fn unknown(key: &str, command: &Command) -> String {
     let name = key.replace('_', "-");
     let near = command.get_arguments().filter_map(Arg::get_long).map(|long| (distance(long, &name), long));
     match near.min() {
-        Some((edits, long)) if edits <= 2 => format!("unknown key `{key}`; is it `{}`?", long.replace('-', "_")),
+        Some((edits, long)) if edits <= 2 => {
+            format!("unknown key `{key}`; is it `{}`?", long.replace('-', "_"))
+        }
         _ => format!("unknown key `{key}`; the keys are the flags of `wick {} --help`", command.get_name()),
     }
 }
@@ -140,12 +148,16 @@ mod tests {
     #[test]
     fn keys_in_either_spelling_become_flags() {
         let yaml = "batch_size: 2\nlearning-rate: 1e-5\nmask_prompt: true\ntruncate: false\nval_batches: -1\nconstant: \n";
-        let yaml = yaml.replace("constant: \n", "target_modules: [q_proj, v_proj]\ndata: \"my data\"\nseed:\n");
+        let yaml =
+            yaml.replace("constant: \n", "target_modules: [q_proj, v_proj]\ndata: \"my data\"\nseed:\n");
         let flags = of(&yaml).unwrap();
         assert_eq!(flags.len(), 6);
         assert_eq!(flags[0], "--batch-size=2");
         assert_eq!(flags[1].strip_prefix("--learning-rate=").unwrap().parse(), Ok(1e-5));
-        assert_eq!(flags[2..], ["--mask-prompt", "--val-batches=-1", "--target-modules=q_proj,v_proj", "--data=my data"]);
+        assert_eq!(
+            flags[2..],
+            ["--mask-prompt", "--val-batches=-1", "--target-modules=q_proj,v_proj", "--data=my data"]
+        );
     }
 
     #[test]
@@ -155,7 +167,11 @@ mod tests {
             of("quantize: 4").unwrap_err(),
             "unknown key `quantize`; the keys are the flags of `wick train --help`"
         );
-        assert!(of("lora_parameters: {rank: 8}").unwrap_err().starts_with("unknown key `lora_parameters`: write `rank`"));
+        assert!(
+            of("lora_parameters: {rank: 8}")
+                .unwrap_err()
+                .starts_with("unknown key `lora_parameters`: write `rank`")
+        );
         assert_eq!(of("data: {train: x}").unwrap_err(), "`data` must be a plain value or a list of them");
         assert_eq!(of("truncate: 1").unwrap_err(), "`truncate` must be true or false");
         assert!(of("config: other.yaml").unwrap_err().starts_with("unknown key `config`"));
@@ -166,7 +182,9 @@ mod tests {
 
     #[test]
     fn distances() {
-        for (a, b, edits) in [("", "", 0), ("", "abc", 3), ("iters", "iter", 1), ("seed", "sede", 2), ("a", "b", 1)] {
+        for (a, b, edits) in
+            [("", "", 0), ("", "abc", 3), ("iters", "iter", 1), ("seed", "sede", 2), ("a", "b", 1)]
+        {
             assert_eq!(distance(a, b), edits);
             assert_eq!(distance(b, a), edits);
         }

@@ -54,7 +54,7 @@ impl Record {
         }
     }
 
-    pub const fn iter(&self) -> usize {
+    pub const fn step(&self) -> usize {
         match self {
             Self::Train { iter, .. } | Self::Validation { iter, .. } => *iter,
         }
@@ -114,7 +114,7 @@ fn before(path: &Path, step: usize) -> Result<Vec<Record>> {
     }
     let bytes = fs::read(path).map_err(Error::io(path))?;
     let records = bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
-    Ok(records.filter(|record: &Record| record.iter() <= step).collect())
+    Ok(records.filter(|record: &Record| record.step() <= step).collect())
 }
 
 fn line(record: &Record) -> Vec<u8> {
@@ -143,7 +143,7 @@ mod tests {
     }
 
     fn iters(folder: &Path) -> Vec<usize> {
-        before(&folder.join("metrics.jsonl"), usize::MAX).unwrap().iter().map(Record::iter).collect()
+        before(&folder.join("metrics.jsonl"), usize::MAX).unwrap().iter().map(Record::step).collect()
     }
 
     #[test]
@@ -151,7 +151,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let run = |events: &[Event]| {
             let mut metrics = Metrics::new(folder.path());
-            events.iter().for_each(|event| metrics.event(event).unwrap());
+            for event in events {
+                metrics.event(event).unwrap();
+            }
         };
         run(&[started(0), validation(0), step(1), validation(1), step(2), validation(2)]);
         assert_eq!(iters(folder.path()), [0, 1, 2]);

@@ -26,7 +26,8 @@ pub fn loss(records: &[Record]) -> Result<Option<String>> {
         return Ok(None);
     }
     let mut svg = String::new();
-    draw(&mut svg, &train, &validation).map_err(|error| Error::Config(format!("cannot draw loss.svg: {error}")))?;
+    draw(&mut svg, &train, &validation)
+        .map_err(|error| Error::Config(format!("cannot draw loss.svg: {error}")))?;
     Ok(Some(svg))
 }
 
@@ -99,9 +100,14 @@ mod tests {
     #[test]
     fn curves_are_drawn_when_there_is_something_to_join() {
         assert_eq!(loss(&[validation(0, 3.0)]).unwrap(), None);
-        let svg = loss(&[validation(0, 3.0), validation(10, 2.0), validation(20, f64::NAN)]).unwrap().unwrap();
+        let svg =
+            loss(&[validation(0, 3.0), validation(10, 2.0), validation(20, f64::NAN)]).unwrap().unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert!(svg.contains("loss per token (nats)") && svg.contains("optimizer step") && svg.contains("validation"));
+        assert!(
+            svg.contains("loss per token (nats)")
+                && svg.contains("optimizer step")
+                && svg.contains("validation")
+        );
         // A flat curve has an axis, too.
         assert!(loss(&[validation(0, 3.0), validation(10, 3.0)]).unwrap().is_some());
     }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candlewick::data::Rows;
+use candlewick::data::{Dataset, Rows};
 use candlewick::files::write_atomically;
-use candlewick::generate::{GenerateOptions, generate};
+use candlewick::generate::{GenerateOptions, Sampling, generate};
 use candlewick::train::{
     Event, Job, OptimizerConfig, OptimizerKind, Schedule, ScheduleKind, Start, TrainConfig, train,
 };
@@ -191,15 +191,23 @@ fn limit(name: &str, value: i64) -> Result<Option<usize>> {
 
 /// The rows of a data folder, or the embedded ones; the second are for validation.
 pub fn rows(folder: Option<&Path>) -> Result<(Rows, Option<Rows>)> {
-    match folder {
-        Some(folder) => {
-            let train = Rows::read(&folder.join("train.jsonl"))?;
-            Ok((train, Rows::read_optional(&folder.join("valid.jsonl"))?))
-        }
-        None => {
-            let read = |name: &str, bytes| Rows::from_reader(&Path::new("(embedded)").join(name), bytes);
-            Ok((read("train.jsonl", embedded::TRAIN)?, Some(read("valid.jsonl", embedded::VALID)?)))
-        }
+    if let Some(folder) = folder {
+        let train = Rows::read(&folder.join("train.jsonl"))?;
+        return Ok((train, Rows::read_optional(&folder.join("valid.jsonl"))?));
+    }
+    let read = |name: &str, bytes| Rows::from_reader(&Path::new("(embedded)").join(name), bytes);
+    Ok((read("train.jsonl", embedded::TRAIN)?, Some(read("valid.jsonl", embedded::VALID)?)))
+}
+
+/// Says what `--truncate` did.
+pub fn tell_truncation(dataset: &Dataset) {
+    let truncation = dataset.truncation();
+    if truncation.cut > 0 {
+        eprintln!(
+            "warning: {} of the training rows are longer than the maximum and were cut; {} of them had nothing left to \
+             learn and were dropped",
+            truncation.cut, truncation.dropped
+        );
     }
 }
 
@@ -267,7 +275,7 @@ fn draw(folder: &Path, metrics: &Metrics) -> Result<()> {
 /// Prints the likeliest continuation.
 fn sample(when: &str, model: &FineTune, tokenizer: &Tokenizer, prompt: &str) -> Result<()> {
     let mut text = prompt.to_owned();
-    let options = GenerateOptions { max_tokens: SAMPLE_TOKENS, ..GenerateOptions::default() };
+    let options = GenerateOptions { max_tokens: SAMPLE_TOKENS, sampling: Sampling::default() };
     generate(model.decoder(), tokenizer, prompt, options, |piece| {
         text.push_str(piece);
         ControlFlow::Continue(())
