@@ -219,3 +219,147 @@ pub fn sequence_limit(asked: Option<usize>, default: usize, positions: Option<us
         (None, positions) => Ok(positions.map_or(default, |positions| default.min(positions))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const BOS: u32 = 1;
+    const EOS: u32 = 2;
+
+    /// Letters are tokens 10 to 35, `ab` is one token, and a beginning-of-text token is put first.
+    fn tokenizer() -> Tokenizer {
+        let letters = ('a'..='z').zip(10..).map(|(letter, id)| (letter.to_string(), id.into()));
+        let special =
+            [("<s>", BOS), ("</s>", EOS), ("ab", 40)].map(|(text, id)| (text.to_owned(), id.into()));
+        let vocab: serde_json::Map<String, serde_json::Value> = special.into_iter().chain(letters).collect();
+        let begin = serde_json::json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+        let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+        let second = serde_json::json!({"Sequence": {"id": "B", "type_id": 0}});
+        let json = serde_json::json!({
+            "version": "1.0",
+            "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [begin, text], "pair": [begin, text, second],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}}
+            },
+        });
+        Tokenizer::from_bytes(json.to_string()).unwrap()
+    }
+
+    fn options() -> EncodeOptions {
+        EncodeOptions { eos: Some(EOS), mask_prompt: true, max_length: 8, truncate: false }
+    }
+
+    fn encode(lines: &str, options: EncodeOptions) -> Result<Dataset> {
+        let rows = Rows::from_reader(Path::new("train.jsonl"), lines.as_bytes())?;
+        Dataset::encode(&rows, &tokenizer(), options)
+    }
+
+    fn only(line: &str, options: EncodeOptions) -> Sequence {
+        encode(line, options).unwrap().sequences()[0].clone()
+    }
+
+    fn message(lines: &str, options: EncodeOptions) -> String {
+        encode(lines, options).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn text_is_learned_whole_and_ends() {
+        let sequence = only(r#"{"text": "cab"}"#, options());
+        assert_eq!(sequence, Sequence { tokens: vec![BOS, 12, 40, EOS], prompt: 0 });
+        assert_eq!(sequence.learned(), 3);
+        assert_eq!(
+            only(r#"{"text": "cab"}"#, EncodeOptions { eos: None, ..options() }).tokens,
+            [BOS, 12, 40]
+        );
+        // An end that is there already is not doubled.
+        assert_eq!(
+            only(r#"{"text": "cab"}"#, EncodeOptions { eos: Some(40), ..options() }).tokens,
+            [BOS, 12, 40]
+        );
+    }
+
+    #[test]
+    fn the_prompt_is_given_up_to_the_seam() {
+        let sequence = only(r#"{"prompt": "cd", "completion": "ef"}"#, options());
+        assert_eq!(sequence, Sequence { tokens: vec![BOS, 12, 13, 14, 15, EOS], prompt: 3 });
+        assert_eq!(sequence.learned(), 3);
+        // `ab` is one token across the seam: it is learned.
+        let sequence = only(r#"{"prompt": "ca", "completion": "be"}"#, options());
+        assert_eq!(sequence, Sequence { tokens: vec![BOS, 12, 40, 14, EOS], prompt: 2 });
+        let unmasked = EncodeOptions { mask_prompt: false, ..options() };
+        assert_eq!(only(r#"{"prompt": "cd", "completion": "ef"}"#, unmasked).prompt, 0);
+        // An empty completion is a lesson in stopping.
+        assert_eq!(only(r#"{"prompt": "cd", "completion": ""}"#, options()).learned(), 1);
+    }
+
+    #[test]
+    fn rows_that_cannot_be_used_are_named() {
+        let text = "{\"text\": \"cd\"}\n\n{\"text\": \"cdefghij\"}";
+        let expected = "train.jsonl:3: the row has 10 tokens, the maximum is 8; shorten it, raise the maximum, or allow truncation";
+        assert_eq!(message(text, options()), expected);
+        let no_eos = EncodeOptions { eos: None, ..options() };
+        let expected = "train.jsonl:1: a row needs at least 2 tokens to learn from, got 1";
+        assert_eq!(message(r#"{"text": ""}"#, no_eos), expected);
+        let empty = message(r#"{"prompt": "cd", "completion": ""}"#, no_eos);
+        assert!(empty.starts_with("train.jsonl:1: the completion is empty"), "{empty}");
+    }
+
+    #[test]
+    fn truncation_counts_what_it_cuts_and_drops() {
+        let truncate = EncodeOptions { truncate: true, max_length: 4, ..options() };
+        let lines = [("cd", "e"), ("cd", "efg"), ("cdefg", "h")]
+            .map(|(prompt, completion)| format!(r#"{{"prompt": "{prompt}", "completion": "{completion}"}}"#));
+        let dataset = encode(&lines.join("\n"), truncate).unwrap();
+        assert_eq!(dataset.truncation(), Truncation { cut: 3, dropped: 1 });
+        assert_eq!(dataset.sequences().len(), 2);
+        assert_eq!(dataset.sequences()[1], Sequence { tokens: vec![BOS, 12, 13, 14], prompt: 3 });
+        let nothing = message(&lines[2], truncate);
+        assert_eq!(nothing, "train.jsonl:1: no row has anything to learn in its first 4 tokens");
+    }
+
+    #[test]
+    fn packing_predicts_every_token_but_the_first_once() {
+        let stream: Vec<u32> = (0..10).collect();
+        for length in 1..12 {
+            let blocks = pack(&stream, length).unwrap();
+            let predicted: Vec<u32> = blocks.iter().flat_map(|block| &block.tokens[1..]).copied().collect();
+            assert_eq!(predicted, stream[1..]);
+            assert!(blocks.iter().all(|block| block.learned() > 0 && block.tokens.len() <= length + 1));
+        }
+        assert!(pack(&stream, 0).is_err());
+        assert!(pack(&[7], 4).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_fingerprint_sees_every_change() {
+        let base = [vec![1, 2, 3], vec![4, 5]];
+        let print = |rows: &[Vec<u32>], prompt| {
+            let sequences = rows.iter().map(|tokens| Sequence { tokens: tokens.clone(), prompt }).collect();
+            Dataset::from_sequences(sequences).unwrap().fingerprint()
+        };
+        let original = print(&base, 0);
+        assert_eq!(original, print(&base, 0));
+        let swapped = [base[1].clone(), base[0].clone()];
+        for changed in [print(&base, 1), print(&swapped, 0), print(&[vec![1, 2], vec![3, 4, 5]], 0)] {
+            assert_ne!(original, changed);
+        }
+    }
+
+    #[test]
+    fn the_limit_never_passes_the_models() {
+        assert_eq!(sequence_limit(None, 2048, Some(512)).unwrap(), 512);
+        assert_eq!(sequence_limit(None, 2048, None).unwrap(), 2048);
+        assert_eq!(sequence_limit(Some(100), 2048, Some(512)).unwrap(), 100);
+        let error = sequence_limit(Some(1024), 2048, Some(512)).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "max-seq-length is 1024, but the model has 512 positions (max_position_embeddings)"
+        );
+        assert!(sequence_limit(Some(1), 2048, None).is_err());
+    }
+}

@@ -21,7 +21,7 @@ use safetensors::{SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::atomic::{self, Staged};
+use super::staged::{self, Staged};
 use super::{Artifacts, Optimizer, Parameter};
 use crate::data::Position;
 use crate::{Error, Result};
@@ -145,7 +145,7 @@ impl Checkpoints {
     /// On failure the earlier checkpoints are as they were.
     pub fn save(&self, state: &State<'_>, replaced: &[usize]) -> Result<PathBuf> {
         fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
-        atomic::remove_leftovers(&self.folder, PREFIX)?;
+        staged::remove_leftovers(&self.folder, PREFIX)?;
         let path = self.path(state.progress.step);
         let staged = Staged::folder(&path, |folder| {
             state.artifacts.save(folder)?;
@@ -158,7 +158,7 @@ impl Checkpoints {
 
     /// Removes the checkpoints of these steps.
     pub fn remove(&self, steps: &[usize]) -> Result<()> {
-        steps.iter().try_for_each(|&step| atomic::remove_folder(&self.path(step)))
+        steps.iter().try_for_each(|&step| staged::remove_folder(&self.path(step)))
     }
 
     /// Reads the newest checkpoint into the parameters and the optimizer.

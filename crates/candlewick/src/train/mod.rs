@@ -7,7 +7,6 @@
 //! The same seed gives the same run, bit for bit on one number of threads, also when it is interrupted anywhere and
 //! resumed: every random choice is a function of the seed and the step, and a checkpoint holds all the rest.
 
-pub mod atomic;
 mod audit;
 pub mod checkpoint;
 mod config;
@@ -16,6 +15,7 @@ mod gradients;
 mod memory;
 mod optimizer;
 mod schedule;
+mod staged;
 mod trainer;
 
 use std::path::Path;
@@ -78,6 +78,6 @@ pub trait Trainable {
 /// The files that training is for: an adapter, or a model.
 pub trait Artifacts {
     /// Writes them, as the parameters are now, into a folder that exists. Each file must appear whole or not at all,
-    /// for which there is [`atomic::write`].
+    /// for which there is [`files`](crate::files).
     fn save(&self, folder: &Path) -> Result<()>;
 }

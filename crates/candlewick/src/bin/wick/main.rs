@@ -1,10 +1,17 @@
 //! `wick`: LoRA fine-tuning from the command line.
 
+mod config;
 mod doctor;
 mod evaluate;
 mod generate;
 mod merge;
+mod metrics;
 mod model_options;
+mod plot;
+mod pretrain;
+mod progress;
+mod train;
+mod training;
 
 use std::process::ExitCode;
 
@@ -26,6 +33,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Train a LoRA adapter
+    Train(train::Options),
+    /// Train all parameters of a model, from scratch where its folder has no weights
+    Pretrain(pretrain::Options),
     /// Continue a prompt, with or without an adapter
     Generate(generate::Options),
     /// Loss and perplexity over a dataset
@@ -39,12 +50,14 @@ enum Command {
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("WICK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
-    let outcome = match Cli::parse().command {
+    let outcome = config::parse::<Cli>().and_then(|cli| match cli.command {
+        Command::Train(options) => train::run(&options),
+        Command::Pretrain(options) => pretrain::run(&options),
         Command::Generate(options) => generate::run(&options),
         Command::Evaluate(options) => evaluate::run(&options),
         Command::Merge(options) => merge::run(&options),
         Command::Doctor => doctor::run(),
-    };
+    });
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error}");
         if let Some(hint) = error.hint() {

@@ -53,6 +53,11 @@ impl ModelOptions {
         self.model.clone().map_or(embedded::BASE, ModelFiles::Folder)
     }
 
+    /// How messages and checkpoints call the model.
+    pub fn name(&self) -> String {
+        self.model.as_ref().map_or_else(|| "(embedded)".to_owned(), |folder| folder.display().to_string())
+    }
+
     /// The dtype to load, `None` for the files' own.
     pub fn dtype(&self) -> Option<DType> {
         match self.dtype {

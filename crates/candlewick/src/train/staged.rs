@@ -1,4 +1,4 @@
-//! Files and folders that appear whole or not at all.
+//! Folders that appear whole or not at all, as [`files`](crate::files) has it for single files.
 //!
 //! What is written goes to a hidden neighbour first and is flushed to the disk; one rename then makes it visible,
 //! which the file system does entirely or not at all. Whoever is killed in between leaves what was there before, and
@@ -11,26 +11,6 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// Writes a file, in place of the one that may be there: `fill` writes the path it is given.
-pub fn write(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let temporary = hidden(path)?;
-    let result = fill(&temporary).and_then(|()| {
-        sync(&temporary)?;
-        fs::rename(&temporary, path).map_err(Error::io(path))?;
-        sync_parent(path)
-    });
-    if result.is_err() {
-        // The first error is the one to report; the file is hidden and the next writer replaces it.
-        let _ = fs::remove_file(&temporary);
-    }
-    result
-}
-
-/// Writes a file from memory.
-pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
-    write(path, |temporary| fs::write(temporary, bytes).map_err(Error::io(temporary)))
-}
-
 /// A folder that is complete and on the disk, but not visible yet. Dropped, it is removed again.
 #[derive(Debug)]
 pub struct Staged {
@@ -42,7 +22,7 @@ pub struct Staged {
 impl Staged {
     /// Prepares a folder for `path`: `fill` writes files into the folder it is given.
     pub fn folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<Self> {
-        let temporary = hidden(path)?;
+        let temporary = hidden(path, ".new")?;
         remove_if_present(&temporary)?;
         fs::create_dir_all(&temporary).map_err(Error::io(&temporary))?;
         let staged = Self { temporary, path: path.to_path_buf(), published: false };
@@ -74,7 +54,7 @@ impl Drop for Staged {
 
 /// Removes a folder: it disappears whole, then its files are deleted.
 pub fn remove_folder(path: &Path) -> Result<()> {
-    let temporary = hidden(path)?;
+    let temporary = hidden(path, ".old")?;
     remove_if_present(&temporary)?;
     fs::rename(path, &temporary).map_err(Error::io(path))?;
     remove_if_present(&temporary)
@@ -93,14 +73,15 @@ pub fn remove_leftovers(folder: &Path, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// `folder/name` becomes `folder/.name.tmp`: on the same file system, so that it can be renamed.
-fn hidden(path: &Path) -> Result<PathBuf> {
+/// `folder/name` becomes `folder/.name.new.tmp`: on the same file system, so that it can be renamed.
+fn hidden(path: &Path, purpose: &str) -> Result<PathBuf> {
     let Some(name) = path.file_name() else {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file or folder");
         return Err(Error::io(path)(error));
     };
     let mut hidden = OsString::from(".");
     hidden.push(name);
+    hidden.push(purpose);
     hidden.push(".tmp");
     Ok(path.with_file_name(hidden))
 }
@@ -137,6 +118,7 @@ fn sync_folder(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::write_atomically;
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs::read_dir(folder).unwrap();
@@ -152,29 +134,22 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_leaves_the_old_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a");
-        write_bytes(&path, b"old").unwrap();
-        assert!(write(&path, failure).is_err());
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        write_bytes(&path, b"new").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"new");
-        assert_eq!(names(folder.path()), ["a"]);
-    }
-
-    #[test]
     fn a_folder_appears_when_published() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
-        let fill = |text: &'static str| move |to: &Path| write_bytes(&to.join("file"), text.as_bytes());
+        let fill = |text: &'static str| move |to: &Path| write_atomically(&to.join("file"), text.as_bytes());
         assert!(Staged::folder(&path, |to| failure(&to.join("file"))).is_err());
         assert!(names(folder.path()).is_empty());
         let staged = Staged::folder(&path, fill("whole")).unwrap();
-        assert_eq!(names(folder.path()), [".a.tmp"]);
+        assert_eq!(names(folder.path()), [".a.new.tmp"]);
         staged.publish().unwrap();
         assert!(Staged::folder(&path, fill("again")).unwrap().publish().is_err());
         assert_eq!(fs::read(path.join("file")).unwrap(), b"whole");
+        // The old one can be removed while the new one waits.
+        let staged = Staged::folder(&path, fill("again")).unwrap();
+        remove_folder(&path).unwrap();
+        staged.publish().unwrap();
+        assert_eq!(fs::read(path.join("file")).unwrap(), b"again");
         assert_eq!(names(folder.path()), ["a"]);
         remove_folder(&path).unwrap();
         assert!(names(folder.path()).is_empty());
@@ -188,6 +163,6 @@ mod tests {
         }
         remove_leftovers(folder.path(), "a-").unwrap();
         assert_eq!(names(folder.path()), [".b-1.tmp", "a-2"]);
-        assert!(write_bytes(Path::new("/"), b"").is_err());
+        assert!(remove_folder(Path::new("/")).is_err());
     }
 }
