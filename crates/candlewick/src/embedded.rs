@@ -1,4 +1,4 @@
-//! The small base model and the fine-tuning data that the program carries. `assets/README.md` says how they were made.
+//! The small base model and the fine-tuning data that the program carries. `scripts/make-assets/README.md` says how they were made.
 
 use crate::model::ModelFiles;
 
@@ -18,7 +18,7 @@ pub const BASE: ModelFiles = ModelFiles::Embedded(&[
     ("tokenizer_config.json", asset!("base/tokenizer_config.json")),
 ]);
 
-/// Training rows: entries of Ambrose Bierce's *Devil's Dictionary*.
+/// Training rows: short recipes.
 pub const TRAIN: &[u8] = asset!("data/train.jsonl");
 
 /// Validation rows, of the same kind.

@@ -1,5 +1,6 @@
 //! `wick`: LoRA fine-tuning from the command line.
 
+mod allocator;
 mod config;
 mod doctor;
 mod evaluate;
@@ -17,9 +18,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What a command that ends by itself returns: its exit code, or an error to print.
 type Outcome = Result<ExitCode, candlewick::Error>;
@@ -48,6 +46,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    allocator::keep_pages();
     let filter = EnvFilter::try_from_env("WICK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     let outcome = config::parse::<Cli>().and_then(|cli| match cli.command {
@@ -56,7 +55,10 @@ fn main() -> ExitCode {
         Command::Generate(options) => generate::run(&options),
         Command::Evaluate(options) => evaluate::run(&options),
         Command::Merge(options) => merge::run(&options),
-        Command::Doctor => doctor::run(),
+        Command::Doctor => {
+            doctor::run();
+            Ok(ExitCode::SUCCESS)
+        }
     });
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error}");

@@ -74,14 +74,13 @@ impl ModelOptions {
             Error::Config(format!("no {name} device: {error}; `wick doctor` shows what there is"))
         };
         match self.device {
-            Place::Cpu => Ok(Device::Cpu),
             Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", e)),
             Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", e)),
             Place::Auto if candle_core::utils::metal_is_available() => Ok(Device::new_metal(0)?),
             Place::Auto if candle_core::utils::cuda_is_available() => {
                 Ok(Device::new_cuda(0).unwrap_or(Device::Cpu))
             }
-            Place::Auto => Ok(Device::Cpu),
+            Place::Cpu | Place::Auto => Ok(Device::Cpu),
         }
     }
 

@@ -37,8 +37,8 @@ const EMBEDDED: Defaults = Defaults {
     steps_per_eval: 50,
 };
 
-/// A word that is not among the embedded rows.
-const EMBEDDED_PROMPT: &str = "Computer, n.";
+/// A dish that is not among the embedded training rows.
+const EMBEDDED_PROMPT: &str = "Beef and onion stew with thyme, for six.";
 
 #[derive(Debug, Args)]
 pub struct Options {
