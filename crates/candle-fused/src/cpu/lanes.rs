@@ -94,6 +94,13 @@ pub(super) fn exp(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        reason = "small integers; rounding"
+    )]
+    #![expect(clippy::float_cmp, reason = "exact results")]
+
     use super::*;
 
     #[test]

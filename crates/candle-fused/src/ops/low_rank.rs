@@ -246,8 +246,7 @@ impl LowRank {
         let low = h.matmul(&b_matrix.t()?)?;
         let base = self.weight.as_ref().map(|weight| x_rows.matmul(&weight.t()?)).transpose()?;
         let sum = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
-        let y = like_rows(&sum.compute()?, x)?;
-        graph::record3(x, a, b, y, LowRankBackward { h, call: self })
+        graph::record3(x, a, b, like_rows(&sum.compute()?, x)?, LowRankBackward { h, call: self })
     }
 
     /// `D(x)` in the dtype of the low-rank products.
