@@ -30,12 +30,15 @@
 mod backend;
 mod check;
 mod cpu;
+mod error;
 mod graph;
 pub mod ops;
 mod philox;
 pub mod telemetry;
+mod tensor_ops;
 
 pub use backend::{DeviceKind, fused_ops};
+pub use error::{DeviceError, TrainingError};
 pub use ops::cross_entropy::cross_entropy;
 pub use ops::frozen_linear::frozen_linear;
 pub use ops::layer_norm::layer_norm;
@@ -45,3 +48,4 @@ pub use ops::rms_norm::rms_norm;
 pub use ops::rope::{RopeLayout, rope};
 pub use ops::silu_mul::silu_mul;
 pub use ops::softmax::{Mask, SoftmaxOptions, softmax};
+pub use tensor_ops::CustomMetalOps;

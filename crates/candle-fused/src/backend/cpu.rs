@@ -96,6 +96,10 @@ pub(crate) fn fold_rows<const N: usize, const M: usize>(
 
 /// The elements of a tensor, in order, as f32.
 pub(crate) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
+    // Candle panics at an empty view whose offset is beyond its empty storage.
+    if tensor.elem_count() == 0 {
+        return Ok(Vec::new());
+    }
     tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
 }
 
@@ -121,7 +125,8 @@ fn with_rows<const N: usize, R>(
     f: impl FnOnce(&[Rows; N]) -> R,
 ) -> Result<R> {
     let readable = |tensor: &Tensor| match (tensor.stride(), tensor.dims()) {
-        ([.., 1], _) | ([], _) | (_, [.., 0 | 1]) => Ok(tensor.clone()),
+        ([.., 1] | [], _) | (_, [.., 1]) => Ok(tensor.clone()),
+        _ if tensor.elem_count() == 0 => Ok(tensor.clone()),
         _ => tensor.contiguous(),
     };
     let inputs: [Tensor; N] = array_of(inputs.into_iter().map(readable))?;
@@ -183,7 +188,11 @@ impl<'a> Rows<'a> {
 
     /// `len` elements of a row, in place or widened into `scratch`.
     fn read<'b>(&'b self, row: usize, len: usize, scratch: &'b mut [f32]) -> &'b [f32] {
-        let range = self.start(row)..self.start(row) + len;
+        if len == 0 {
+            return &[];
+        }
+        let start = self.start(row);
+        let range = start..start + len;
         match self.data {
             Data::F32(data) => &data[range],
             Data::F16(data) => {

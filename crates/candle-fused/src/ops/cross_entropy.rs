@@ -58,7 +58,7 @@ pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -
         Tensor::new(values, logits.device())
     };
     let (rows, columns) = counted.into_iter().unzip();
-    let wide = logits.to_dtype(DType::F32)?.index_select(&index(rows)?, 0)?;
+    let wide = logits.to_dtype(DType::F32)?.contiguous()?.index_select(&index(rows)?, 0)?;
     let max = wide.max_keepdim(D::Minus1)?.detach();
     let shifted = wide.broadcast_sub(&max)?;
     let lse = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;

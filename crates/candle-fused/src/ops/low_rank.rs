@@ -245,9 +245,8 @@ impl LowRank {
         let h = (self.input(&x_rows, a.dtype())?.matmul(&a_matrix.t()?)? * f64::from(self.scaling))?;
         let low = h.matmul(&b_matrix.t()?)?;
         let base = self.weight.as_ref().map(|weight| x_rows.matmul(&weight.t()?)).transpose()?;
-        let y = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
-        let y = y.compute()?;
-        graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })
+        let sum = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
+        graph::record3(x, a, b, like_rows(&sum.compute()?, x)?, LowRankBackward { h, call: self })
     }
 
     /// `D(x)` in the dtype of the low-rank products.

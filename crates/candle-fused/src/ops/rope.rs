@@ -69,13 +69,13 @@ pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> 
         if table.rank() == 3 { table.unsqueeze(1) } else { Ok(table) }
     };
     let (cos, sin) = (table(cos)?, table(sin)?);
-    let (b, heads, t, d) = x.dims4()?;
+    let (batch, heads, length, width) = x.dims4()?;
     let wide = x.to_dtype(DType::F32)?;
     let turned = wide.narrow(D::Minus1, 0, 2 * half)?;
     let (u, v) = match layout {
         RopeLayout::Half => (turned.narrow(D::Minus1, 0, half)?, turned.narrow(D::Minus1, half, half)?),
         RopeLayout::Interleaved => {
-            let pairs = turned.reshape((b, heads, t, half, 2))?;
+            let pairs = turned.reshape((batch, heads, length, half, 2))?;
             (
                 pairs.narrow(D::Minus1, 0, 1)?.squeeze(D::Minus1)?,
                 pairs.narrow(D::Minus1, 1, 1)?.squeeze(D::Minus1)?,
@@ -87,10 +87,10 @@ pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> 
     let turned = match layout {
         RopeLayout::Half => Tensor::cat(&[&first, &second], D::Minus1)?,
         RopeLayout::Interleaved => {
-            Tensor::stack(&[&first, &second], D::Minus1)?.reshape((b, heads, t, 2 * half))?
+            Tensor::stack(&[&first, &second], D::Minus1)?.reshape((batch, heads, length, 2 * half))?
         }
     };
-    let rest = wide.narrow(D::Minus1, 2 * half, d - 2 * half)?;
+    let rest = wide.narrow(D::Minus1, 2 * half, width - 2 * half)?;
     Tensor::cat(&[&turned, &rest], D::Minus1)?.to_dtype(x.dtype())
 }
 
