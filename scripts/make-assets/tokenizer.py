@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Trains the embedded base's tokenizer: byte-level BPE, lossless for any UTF-8.
 
-It sees the King James Bible without the chapters held out for validation, and
-the training rows of the fine-tuning dataset, so that the words of both stay
-whole.
+It sees the King James Bible without the chapters held out for validation: the
+base model then has met every token that it will ever be given.
 
-    tokenizer.py OUT --data assets/data    writes OUT/tokenizer.json and its two companions
+    tokenizer.py OUT    writes OUT/tokenizer.json and its two companions
 """
 
 import argparse
@@ -19,21 +18,15 @@ import kjv
 END = "<|endoftext|>"
 
 
-def texts(data, data_weight, fraction):
+def texts(fraction):
     for book, chapter, verses in kjv.chapters():
         if not kjv.held_out(book, chapter, fraction):
             yield " ".join(verses)
-    for line in (data / "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for _ in range(data_weight):
-            yield row["prompt"] + row["completion"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the fine-tuning train.jsonl")
-    parser.add_argument("--data-weight", type=int, default=4, help="how often a fine-tuning row counts")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--held-out", type=float, default=0.02, help="fraction of the chapters")
     parser.add_argument("--max-length", type=int, default=512, help="the model's context")
@@ -48,7 +41,7 @@ def main():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(options.data, options.data_weight, options.held_out), trainer)
+    tokenizer.train_from_iterator(texts(options.held_out), trainer)
 
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(options.out / "tokenizer.json"))

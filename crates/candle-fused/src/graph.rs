@@ -53,6 +53,11 @@ pub(crate) fn record3(
     x.apply_op3(y, z, Recorded::new(&output, backward)?)
 }
 
+/// A tracked argument's gradient; an untracked one's is not computed.
+pub(crate) fn tracked(arg: &Tensor, gradient: impl FnOnce() -> Result<Tensor>) -> Result<Option<Tensor>> {
+    if arg.track_op() { gradient().map(Some) } else { Ok(None) }
+}
+
 /// A custom operation whose forward hands out the result computed beforehand.
 struct Recorded<B> {
     output: Slot,

@@ -29,6 +29,7 @@
 
 mod backend;
 mod check;
+mod cpu;
 mod graph;
 pub mod ops;
 mod philox;

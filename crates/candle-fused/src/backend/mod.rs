@@ -1,6 +1,11 @@
 //! Where an operation runs: the fused kernels of a device, or the reference where it has none.
+//!
+//! A [`Kernel`] says what is computed, for each backend in its terms; nothing outside this module asks which device a
+//! tensor is on. A GPU backend joins by running what its kernels launch, and by its name in [`OPS`].
 
-use candle_core::{Device, Result, Tensor};
+pub(crate) mod cpu;
+
+use candle_core::{Device, Result, Tensor, bail};
 
 use crate::telemetry::{self, Path};
 
@@ -63,6 +68,28 @@ const OPS: [(&str, &[DeviceKind]); 9] = {
 /// The operations that run fused on this kind of device; the others run their reference there.
 pub fn fused_ops(kind: DeviceKind) -> impl Iterator<Item = &'static str> {
     OPS.iter().filter(move |(_, kinds)| kinds.contains(&kind)).map(|&(op, _)| op)
+}
+
+/// Fresh tensors from others, computed where these are.
+pub(crate) trait Kernel {
+    /// The tensors computed.
+    type Output;
+
+    /// On the processor.
+    fn cpu(&self) -> Result<Self::Output>;
+
+    /// In Candle operations, for the kernels of an operation that needs no others on a GPU.
+    fn composed(&self) -> Result<Self::Output> {
+        bail!("this device has no kernel for the operation")
+    }
+}
+
+/// Runs a kernel on the device of its tensors.
+pub(crate) fn run<K: Kernel>(device: &Device, kernel: &K) -> Result<K::Output> {
+    match device {
+        Device::Cpu => kernel.cpu(),
+        Device::Cuda(_) | Device::Metal(_) => kernel.composed(),
+    }
 }
 
 /// Runs `fused` where `x` lives if there are kernels for it, else `reference`, and counts which.

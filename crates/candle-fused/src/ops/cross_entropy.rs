@@ -1,13 +1,18 @@
 //! Mean negative log-likelihood of targets under logits: over the counted rows `i`,
 //! `loss = mean(lse_i − x_{i,target_i})` with `lse_i = log Σ_j exp(x_ij)`.
 //!
-//! The forward saves `lse`, one f32 for each row. Backward, over `n` counted rows:
+//! The forward saves `lse` alone, in two parts for each row: the maximum, and the total of `exp(x_ij − max)`; in one
+//! float a large maximum would swallow the logarithm of the total. Backward, over `n` counted rows:
 //! `dx_ij = g/n·(exp(x_ij − lse_i) − [j = target_i])`, and 0 in the rows that do not count. It allocates nothing but
 //! the gradient.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use crate::{backend, check};
+use crate::backend::cpu::{each_row, map_rows, to_vec};
+use crate::backend::{self, Kernel};
+use crate::check;
+use crate::cpu::cross_entropy as row;
+use crate::graph::{self, Backward, tracked};
 
 const OP: &str = "cross_entropy";
 
@@ -17,13 +22,8 @@ const OP: &str = "cross_entropy";
 /// # Errors
 /// Other shapes or dtypes, and a target outside `0..v` that is not `ignore_index`: the row and the value are named.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
-    check(logits, targets, ignore_index)?;
-    backend::dispatch(
-        OP,
-        logits,
-        || reference(logits, targets, ignore_index),
-        || reference(logits, targets, ignore_index),
-    )
+    let columns = check(logits, targets, ignore_index)?;
+    backend::dispatch(OP, logits, || fused(logits, columns), || reference(logits, targets, ignore_index))
 }
 
 /// The column each row is to predict, `None` where the row does not count.
@@ -64,4 +64,82 @@ pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -
     let lse = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
     let picked = shifted.gather(&index(columns)?.unsqueeze(1)?, D::Minus1)?;
     (lse - picked)?.mean_all()
+}
+
+fn fused(logits: &Tensor, columns: Vec<Option<usize>>) -> Result<Tensor> {
+    let (loss, lse) = backend::run(logits.device(), &Forward { logits, columns: &columns })?;
+    graph::record1(logits, loss, CrossEntropy { columns, lse })
+}
+
+struct CrossEntropy {
+    columns: Vec<Option<usize>>,
+    /// `[n, 2]` in f32.
+    lse: Tensor,
+}
+
+impl Backward<1> for CrossEntropy {
+    fn op(&self) -> &'static str {
+        OP
+    }
+
+    fn backward(&self, [logits]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        let gradient = Gradient { logits, columns: &self.columns, lse: &self.lse, g };
+        Ok([tracked(logits, || backend::run(logits.device(), &gradient))?])
+    }
+}
+
+/// How many rows count, and at least 1.
+#[expect(clippy::cast_precision_loss, reason = "a number of rows is far below 2^52")]
+fn divisor(columns: &[Option<usize>]) -> f64 {
+    columns.iter().flatten().count().max(1) as f64
+}
+
+struct Forward<'a> {
+    logits: &'a Tensor,
+    columns: &'a [Option<usize>],
+}
+
+impl Kernel for Forward<'_> {
+    /// The loss and the log-sum-exps.
+    type Output = (Tensor, Tensor);
+
+    #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
+    fn cpu(&self) -> Result<(Tensor, Tensor)> {
+        let rows = each_row([self.logits], |i, [x]| match self.columns[i] {
+            Some(column) => {
+                let lse = row::log_sum_exp(x);
+                (lse, row::loss(lse, x[column]))
+            }
+            None => Default::default(),
+        })?;
+        let (lse, losses): (Vec<[f32; 2]>, Vec<f32>) = rows.into_iter().unzip();
+        let total: f64 = losses.into_iter().map(f64::from).sum();
+        let loss = (total / divisor(self.columns)) as f32;
+        let device = self.logits.device();
+        let lse = Tensor::from_vec(lse.into_flattened(), (self.columns.len(), 2), device)?;
+        Ok((Tensor::new(loss, device)?, lse))
+    }
+}
+
+struct Gradient<'a> {
+    logits: &'a Tensor,
+    columns: &'a [Option<usize>],
+    lse: &'a Tensor,
+    g: &'a Tensor,
+}
+
+impl Kernel for Gradient<'_> {
+    type Output = Tensor;
+
+    #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
+    fn cpu(&self) -> Result<Tensor> {
+        let lse = to_vec(self.lse)?;
+        let (lse, _) = lse.as_chunks::<2>();
+        let g = (f64::from(self.g.to_scalar::<f32>()?) / divisor(self.columns)) as f32;
+        let ([dx], _) = map_rows([self.logits], self.logits.dtype(), |i, [x], [dx]| match self.columns[i] {
+            Some(column) => row::backward(x, lse[i], column, g, dx),
+            None => dx.fill(0.0),
+        })?;
+        Ok(dx)
+    }
 }

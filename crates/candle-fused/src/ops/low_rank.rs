@@ -8,7 +8,10 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
+use crate::backend::cpu::{map_rows, to_vec};
+use crate::backend::{self, Kernel};
 use crate::check;
+use crate::cpu::dropout as row;
 use crate::graph::{self, Backward};
 use crate::philox::{halves, philox4x32};
 
@@ -134,38 +137,68 @@ fn operand(t: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `base + D(low) + bias` in `dtype`; on the graph if its terms are.
-fn combine(
-    base: Option<Tensor>,
-    low: &Tensor,
-    bias: Option<&Tensor>,
+/// `D(term) + base + bias` for matrices, rounded once to `dtype`.
+struct Sum<'a> {
+    term: &'a Tensor,
     dropout: Option<Dropout>,
+    base: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
     dtype: DType,
-) -> Result<Tensor> {
-    if base.is_none() && bias.is_none() && dropout.is_none() {
-        return low.to_dtype(dtype);
+}
+
+impl Sum<'_> {
+    fn compute(&self) -> Result<Tensor> {
+        if self.dropout.is_none() && self.base.is_none() && self.bias.is_none() {
+            return self.term.to_dtype(self.dtype);
+        }
+        backend::run(self.term.device(), self)
     }
-    let mut sum = low.to_dtype(DType::F32)?;
-    if let Some(dropout) = dropout {
-        sum = (sum * dropout.mask(low.dims2()?, low.device())?)?;
+}
+
+impl Kernel for Sum<'_> {
+    type Output = Tensor;
+
+    fn cpu(&self) -> Result<Tensor> {
+        let bias = self.bias.map(to_vec).transpose()?;
+        let add = |i: usize, term: &[f32], base: Option<&[f32]>, sum: &mut [f32]| {
+            sum.copy_from_slice(term);
+            if let Some(dropout) = self.dropout {
+                row::drop(dropout, i * term.len(), sum);
+            }
+            for addend in [base, bias.as_deref()].into_iter().flatten() {
+                row::add(addend, sum);
+            }
+        };
+        let ([sum], _) = match self.base {
+            Some(base) => map_rows([self.term, base], self.dtype, |i, [term, base], [sum]| {
+                add(i, term, Some(base), sum);
+            }),
+            None => map_rows([self.term], self.dtype, |i, [term], [sum]| add(i, term, None, sum)),
+        }?;
+        Ok(sum)
     }
-    if let Some(base) = base {
-        sum = (sum + base.to_dtype(DType::F32)?)?;
+
+    /// On the graph, where the terms are.
+    fn composed(&self) -> Result<Tensor> {
+        let mut sum = self.term.to_dtype(DType::F32)?;
+        if let Some(dropout) = self.dropout {
+            sum = (sum * dropout.mask(self.term.dims2()?, self.term.device())?)?;
+        }
+        if let Some(base) = self.base {
+            sum = (sum + base.to_dtype(DType::F32)?)?;
+        }
+        if let Some(bias) = self.bias {
+            sum = sum.broadcast_add(&bias.detach().to_dtype(DType::F32)?)?;
+        }
+        sum.to_dtype(self.dtype)
     }
-    if let Some(bias) = bias {
-        sum = sum.broadcast_add(&bias.detach().to_dtype(DType::F32)?)?;
-    }
-    sum.to_dtype(dtype)
 }
 
 /// `x·Wᵀ + bias`, recorded.
 pub(super) fn frozen(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let weight = operand(weight)?;
-    let y = rows(&x.detach())?.matmul(&weight.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(&bias.detach())?,
-        None => y,
-    };
+    let product = rows(&x.detach())?.matmul(&weight.t()?)?;
+    let y = Sum { term: &product, dropout: None, base: None, bias, dtype: x.dtype() }.compute()?;
     graph::record1(x, like_rows(&y, x)?, FrozenBackward { op, weight })
 }
 
@@ -212,13 +245,14 @@ impl LowRank {
         let h = (self.input(&x_rows, a.dtype())?.matmul(&a_matrix.t()?)? * f64::from(self.scaling))?;
         let low = h.matmul(&b_matrix.t()?)?;
         let base = self.weight.as_ref().map(|weight| x_rows.matmul(&weight.t()?)).transpose()?;
-        let y = combine(base, &low, bias, None, x.dtype())?;
+        let y = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
+        let y = y.compute()?;
         graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })
     }
 
     /// `D(x)` in the dtype of the low-rank products.
     fn input(&self, x_rows: &Tensor, dtype: DType) -> Result<Tensor> {
-        combine(None, x_rows, None, self.dropout, dtype)
+        Sum { term: x_rows, dropout: self.dropout, base: None, bias: None, dtype }.compute()
     }
 
     /// A and B as `[r, in]` and `[out, r]`, ready for products.
@@ -257,8 +291,10 @@ impl Backward<3> for LowRankBackward {
         }
         if x.track_op() {
             let base = call.weight.as_ref().map(|weight| grad.matmul(weight)).transpose()?;
-            let grad_x = combine(base, &e.matmul(&a_matrix)?, None, call.dropout, x.dtype())?;
-            gradients[0] = Some(grad_x.reshape(x.shape())?);
+            let term = &e.matmul(&a_matrix)?;
+            let (dropout, base) = (call.dropout, base.as_ref());
+            let sum = Sum { term, dropout, base, bias: None, dtype: x.dtype() };
+            gradients[0] = Some(sum.compute()?.reshape(x.shape())?);
         }
         Ok(gradients)
     }
@@ -283,7 +319,8 @@ pub(super) fn reference_delta(
     layout: LoraLayout,
 ) -> Result<Tensor> {
     let (a, b) = (layout.turn(a)?.contiguous()?, layout.turn(b)?.contiguous()?);
-    let input = combine(None, &rows(x)?, None, dropout, a.dtype())?;
+    let input = Sum { term: &rows(x)?, dropout, base: None, bias: None, dtype: a.dtype() };
+    let input = input.composed()?;
     let y = (input.matmul(&a.t()?)?.matmul(&b.t()?)? * f64::from(scaling))?;
     like_rows(&y.to_dtype(x.dtype())?, x)
 }

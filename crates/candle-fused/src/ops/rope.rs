@@ -7,7 +7,11 @@
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use crate::{backend, check};
+use crate::backend::cpu::{map_rows, to_vec};
+use crate::backend::{self, Kernel};
+use crate::check;
+use crate::cpu::rope as row;
+use crate::graph::{self, Backward, tracked};
 
 const OP: &str = "rope";
 
@@ -28,7 +32,7 @@ pub enum RopeLayout {
 /// Another rank or dtype, tables of other shapes or devices, more columns to rotate than `x` has.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
     check(x, cos, sin)?;
-    backend::dispatch(OP, x, || reference(x, cos, sin, layout), || reference(x, cos, sin, layout))
+    backend::dispatch(OP, x, || fused(x, cos, sin, layout), || reference(x, cos, sin, layout))
 }
 
 fn check(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<()> {
@@ -88,4 +92,57 @@ pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> 
     };
     let rest = wide.narrow(D::Minus1, 2 * half, d - 2 * half)?;
     Tensor::cat(&[&turned, &rest], D::Minus1)?.to_dtype(x.dtype())
+}
+
+fn fused(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+    let y = backend::run(x.device(), &Rotation { x, cos, sin, layout })?;
+    graph::record1(x, y, Rope { cos: cos.detach(), sin: sin.detach(), layout })
+}
+
+struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+    layout: RopeLayout,
+}
+
+impl Backward<1> for Rope {
+    fn op(&self) -> &'static str {
+        OP
+    }
+
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        let gradient = || {
+            let sin = self.sin.neg()?;
+            backend::run(x.device(), &Rotation { x: g, cos: &self.cos, sin: &sin, layout: self.layout })
+        };
+        Ok([tracked(x, gradient)?])
+    }
+}
+
+struct Rotation<'a> {
+    x: &'a Tensor,
+    cos: &'a Tensor,
+    sin: &'a Tensor,
+    layout: RopeLayout,
+}
+
+impl Kernel for Rotation<'_> {
+    type Output = Tensor;
+
+    fn cpu(&self) -> Result<Tensor> {
+        let (_, heads, t, _) = self.x.dims4()?;
+        let half = self.cos.dim(D::Minus1)?;
+        let (cos, sin) = (to_vec(self.cos)?, to_vec(self.sin)?);
+        let rotate = match self.layout {
+            RopeLayout::Half => row::half,
+            RopeLayout::Interleaved => row::interleaved,
+        };
+        let per_batch = self.cos.rank() == 3;
+        let ([y], _) = map_rows([self.x], self.x.dtype(), |i, [x], [y]| {
+            let batch = if per_batch { i / (heads * t) } else { 0 };
+            let angles = (batch * t + i % t) * half..(batch * t + i % t + 1) * half;
+            rotate(x, &cos[angles.clone()], &sin[angles], y);
+        })?;
+        Ok(y)
+    }
 }

@@ -7,7 +7,11 @@
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use crate::{backend, check};
+use crate::backend::cpu::map_rows;
+use crate::backend::{self, Kernel};
+use crate::check;
+use crate::cpu::softmax as row;
+use crate::graph::{self, Backward, tracked};
 
 const OP: &str = "softmax";
 
@@ -43,7 +47,7 @@ impl Default for SoftmaxOptions {
 /// queries than keys.
 pub fn softmax(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
     check(x, options)?;
-    backend::dispatch(OP, x, || reference(x, options), || reference(x, options))
+    backend::dispatch(OP, x, || fused(x, options), || reference(x, options))
 }
 
 fn check(x: &Tensor, options: SoftmaxOptions) -> Result<()> {
@@ -78,4 +82,76 @@ pub fn reference(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
     let max = logits.max_keepdim(D::Minus1)?.detach();
     let exp = logits.broadcast_sub(&max)?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?.to_dtype(x.dtype())
+}
+
+fn fused(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+    let y = backend::run(x.device(), &Forward { x, options })?;
+    graph::record1(x, y, Softmax { options })
+}
+
+struct Softmax {
+    options: SoftmaxOptions,
+}
+
+impl Backward<1> for Softmax {
+    fn op(&self) -> &'static str {
+        OP
+    }
+
+    fn backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        let gradient = Gradient { y, g, options: self.options };
+        Ok([tracked(x, || backend::run(x.device(), &gradient))?])
+    }
+}
+
+/// How many entries of a row are visible.
+fn visible(x: &Tensor, mask: Mask) -> impl Fn(usize) -> usize {
+    let (q, k) = match *x.dims() {
+        [.., q, k] => (q, k),
+        [k] => (1, k),
+        [] => (1, 1),
+    };
+    move |row| match mask {
+        Mask::None => k,
+        Mask::Causal => row % q + (k - q) + 1,
+    }
+}
+
+struct Forward<'a> {
+    x: &'a Tensor,
+    options: SoftmaxOptions,
+}
+
+impl Kernel for Forward<'_> {
+    type Output = Tensor;
+
+    fn cpu(&self) -> Result<Tensor> {
+        let visible = visible(self.x, self.options.mask);
+        let ([y], _) = map_rows([self.x], self.x.dtype(), |i, [x], [y]| {
+            let (seen, hidden) = y.split_at_mut(visible(i));
+            row::forward(self.options.scale, &x[..seen.len()], seen);
+            hidden.fill(0.0);
+        })?;
+        Ok(y)
+    }
+}
+
+struct Gradient<'a> {
+    y: &'a Tensor,
+    g: &'a Tensor,
+    options: SoftmaxOptions,
+}
+
+impl Kernel for Gradient<'_> {
+    type Output = Tensor;
+
+    fn cpu(&self) -> Result<Tensor> {
+        let visible = visible(self.y, self.options.mask);
+        let ([dx], _) = map_rows([self.y, self.g], self.y.dtype(), |i, [y, g], [dx]| {
+            let (seen, hidden) = dx.split_at_mut(visible(i));
+            row::backward(self.options.scale, &y[..seen.len()], &g[..seen.len()], seen);
+            hidden.fill(0.0);
+        })?;
+        Ok(dx)
+    }
 }

@@ -1,0 +1,9 @@
+//! The loops: one row of f32 at a time, written so that the compiler vectorises them.
+
+pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
+mod lanes;
+pub(crate) mod norm;
+pub(crate) mod rope;
+pub(crate) mod silu_mul;
+pub(crate) mod softmax;
