@@ -100,7 +100,7 @@ impl Error {
                 "lower --learning-rate, add --warmup, or train in --dtype f32; the last checkpoint is intact",
             ),
             Self::Checkpoint { .. } => {
-                Some("resume with the options of the first run, or start again without --resume")
+                Some("go on with --resume and the options of the first run, or start anew with --overwrite")
             }
             _ => None,
         }

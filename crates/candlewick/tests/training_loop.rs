@@ -118,12 +118,13 @@ fn the_optimizers_follow_their_formulas() {
         let parameter = Parameter { name: "w".to_owned(), var, zero_first_gradient: false };
         let start: Vec<f64> = values(&parameter.var).into_iter().map(f64::from).collect();
         let mut optimizer = Optimizer::new(config, std::slice::from_ref(&parameter)).unwrap();
+        // Gradients about 1, 1e-4 and 1e-8: for the last, ε is as large as the root.
+        let scales: Vec<f32> = (0..12).map(|at| 10_f32.powi(-4 * (at % 3))).collect();
+        let scales = Tensor::from_vec(scales, &dims[..], &Device::Cpu).unwrap();
         let mut gradients = Vec::new();
         let mut rates = Vec::new();
         for step in 0..STEPS {
-            // Magnitudes from 1e-12, where ε decides, up to 1.
-            let scale = 10_f64.powi(-i32::try_from(step % 4).unwrap() * 4);
-            let c = (random(100 + step as u64, &dims) * scale).unwrap();
+            let c = (random(100 + step as u64, &dims) * &scales).unwrap();
             gradients.push(values(&c).into_iter().map(f64::from).collect());
             rates.push(0.01 / (1.0 + step as f64));
             let model = Linear { parameter: vec![parameter.clone()], c };

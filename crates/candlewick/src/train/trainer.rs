@@ -176,8 +176,7 @@ impl<'a> Run<'a> {
                     return Err(Error::Checkpoint {
                         path: checkpoints.path(step),
                         message: format!(
-                            "an earlier run stopped at step {step} of {iters}: resume it, or choose to overwrite it, or \
-                             another folder"
+                            "an earlier run stopped at step {step} of {iters} and would be lost"
                         ),
                     });
                 }

@@ -81,6 +81,9 @@ impl Progress {
             bar.finish_and_clear();
         }
         let change = match (summary.first_validation, summary.last_validation) {
+            (Some(first), Some(last)) if first.to_bits() == last.to_bits() => {
+                format!(", val loss {first:.3}")
+            }
             (Some(first), Some(last)) => {
                 let percent = 100.0 * (last / first - 1.0);
                 format!(", val loss {first:.3} -> {last:.3} ({percent:+.1}%)")
