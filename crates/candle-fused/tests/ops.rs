@@ -9,39 +9,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_fused::ops;
 use candle_fused::{Dropout, LoraLayout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions};
-use common::{
-    Arg, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, central_differences, devices, error_rule, oracle, run,
-    values,
-};
-
-type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
-
-/// An operation applied to arguments, three times.
-struct Case {
-    what: String,
-    /// Multiplies the error rule's floor: 4 for matrix products, which are Candle's on both sides and differ in the
-    /// order of their factors alone.
-    slack: f64,
-    args: Vec<Arg>,
-    fused: Op,
-    reference: Op,
-    oracle: Op,
-}
-
-impl Case {
-    fn error_rule(&self, dtype: DType, device: &Device) {
-        error_rule(
-            &self.what,
-            self.slack,
-            &self.args,
-            dtype,
-            device,
-            &self.fused,
-            &self.reference,
-            &self.oracle,
-        );
-    }
-}
+use common::{Arg, Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, oracle, run, values};
 
 fn softmax(x: Arg, scale: f32, mask: Mask) -> Case {
     let options = SoftmaxOptions { scale, mask };
@@ -160,6 +128,7 @@ fn cross_entropy(logits: Arg) -> Case {
     }
 }
 
+/// The products are Candle's own on both sides, and differ in the order of their factors alone: hence the slack.
 fn lora_delta(args: Vec<Arg>, layout: LoraLayout) -> Case {
     Case {
         what: format!("lora_delta {layout:?}"),
@@ -329,7 +298,7 @@ fn differences(cases: fn(usize, Lies) -> Vec<Case>) {
     for device in devices() {
         for lies in LAYOUTS {
             for case in cases(7, lies) {
-                central_differences(&case.what, &case.args, &device, &case.fused, &case.oracle);
+                case.central_differences(&device);
             }
         }
     }

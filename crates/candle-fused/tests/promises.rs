@@ -171,9 +171,10 @@ fn constants_get_no_gradient() {
 #[test]
 fn dropout_keeps_its_share() {
     for device in devices() {
-        let n = 100_000;
-        let x = Tensor::ones((1, n), DType::F32, &device).unwrap();
-        let (weight, a) = (Tensor::zeros((1, n), DType::F32, &device).unwrap(), var(&[1, n], 1, &device));
+        let count = 100_000;
+        let x = Tensor::ones((1, count), DType::F32, &device).unwrap();
+        let (weight, a) =
+            (Tensor::zeros((1, count), DType::F32, &device).unwrap(), var(&[1, count], 1, &device));
         let b = Tensor::ones((1, 1), DType::F32, &device).unwrap();
         let gradient = |p, seed| {
             let options = LoraLinearOptions { scaling: 1.0, dropout: Some(Dropout { p, seed }) };
@@ -184,7 +185,7 @@ fn dropout_keeps_its_share() {
         let mask = gradient(0.25, 9);
         let kept = mask.iter().filter(|&&x| x != 0.0).count();
         assert!(mask.iter().all(|&x| x == 0.0 || x == 1.0 / 0.75));
-        assert!((kept as f64 - 0.75 * n as f64).abs() < 1000.0, "{kept}");
+        assert!((kept as f64 - 0.75 * count as f64).abs() < 1000.0, "{kept}");
         assert_eq!(mask, gradient(0.25, 9));
         assert_ne!(mask, gradient(0.25, 10));
         assert!(gradient(0.0, 9).iter().all(|&x| x == 1.0));

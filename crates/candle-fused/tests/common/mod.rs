@@ -92,11 +92,9 @@ impl Arg {
         let rank = self.dims.len();
         match self.lies {
             Lies::Contiguous => Ok(base.clone()),
-            Lies::Window => base.narrow(rank - 1, 1, self.dims[rank - 1])?.narrow(
-                0,
-                if rank == 1 { 0 } else { 1 },
-                self.dims[0],
-            ),
+            Lies::Window => {
+                base.narrow(rank - 1, 1, self.dims[rank - 1])?.narrow(0, usize::from(rank != 1), self.dims[0])
+            }
             Lies::Transposed if rank == 1 => base.narrow(1, 1, 1)?.squeeze(1),
             Lies::Transposed => base.transpose(rank - 1, rank - 2),
         }
@@ -114,7 +112,7 @@ pub fn values(count: usize, seed: u64) -> Vec<f64> {
     (0..count).map(|_| (uniform() + uniform() + uniform() + uniform() - 2.0) * 1.7).collect()
 }
 
-type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+pub type Op = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 
 /// A result and the gradients of the tracked arguments (of their bases), as f64.
 pub struct Outcome {
@@ -131,7 +129,7 @@ pub fn run(
     bases: &[Tensor],
     dtype: DType,
     device: &Device,
-    op: Op,
+    op: &Op,
 ) -> Result<Outcome> {
     let bases: Vec<Var> = args
         .iter()
@@ -160,19 +158,13 @@ pub fn run(
             assert!(!(strict && got), "the untracked argument {k} of {args:?} got a gradient");
             continue;
         }
-        match gradients.get(base) {
-            Some(gradient) => {
-                assert_eq!(gradient.dims(), base.dims(), "a gradient's shape");
-                assert_eq!(gradient.dtype(), base.dtype(), "a gradient's dtype");
-                tensors.push(to_f64(gradient)?);
-            }
-            None => {
-                assert!(
-                    !strict || y.elem_count() == 0,
-                    "the tracked argument {k} of {args:?} got no gradient"
-                );
-                tensors.push(vec![0.0; base.elem_count()]);
-            }
+        if let Some(gradient) = gradients.get(base) {
+            assert_eq!(gradient.dims(), base.dims(), "a gradient's shape");
+            assert_eq!(gradient.dtype(), base.dtype(), "a gradient's dtype");
+            tensors.push(to_f64(gradient)?);
+        } else {
+            assert!(!strict || y.elem_count() == 0, "the tracked argument {k} of {args:?} got no gradient");
+            tensors.push(vec![0.0; base.elem_count()]);
         }
     }
     Ok(Outcome { tensors })
@@ -204,86 +196,94 @@ fn floor(dtype: DType) -> f64 {
     }
 }
 
-/// The error rule: against float64, result and gradients of `fused` are at most twice as wrong as those of
-/// `reference` in the same dtype, plus the floor. Where the reference overflows, `fused` still is finite wherever the
-/// oracle is, and within sixteen times the floor of it.
-///
-/// `slack` multiplies the floor.
-pub fn error_rule(
-    what: &str,
-    slack: f64,
-    args: &[Arg],
-    dtype: DType,
-    device: &Device,
-    fused: Op,
-    reference: Op,
-    oracle: Op,
-) {
-    let what = format!("{what} {dtype:?} {args:?}");
-    let bases = bases(args, dtype).unwrap();
-    let exact = run(false, args, &bases, DType::F64, &Device::Cpu, oracle)
-        .unwrap_or_else(|e| panic!("{what}: oracle: {e}"));
-    let fused = run(true, args, &bases, dtype, device, fused).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let reference = run(false, args, &bases, dtype, device, reference)
-        .unwrap_or_else(|e| panic!("{what}: reference: {e}"));
-    assert_eq!(exact.tensors.len(), fused.tensors.len(), "{what}: gradients");
-    for (i, ((exact, fused), reference)) in
-        exact.tensors.iter().zip(&fused.tensors).zip(&reference.tensors).enumerate()
-    {
-        let which = if i == 0 { "result".into() } else { format!("gradient {i}") };
-        assert_eq!(exact.len(), fused.len(), "{what}: {which}: elements");
-        let scale = exact.iter().fold(0f64, |a, b| a.max(b.abs()));
-        assert!(scale.is_finite(), "{what}: {which}: the oracle is {scale}");
-        let error = |got: &[f64]| {
-            exact.iter().zip(got).fold(0f64, |worst, (e, g)| {
-                let error = (e - g).abs();
-                if error.is_nan() { f64::INFINITY } else { worst.max(error) }
-            })
-        };
-        let (fused, reference) = (error(fused), error(reference));
-        // Below the smallest normal number of the dtype, an absolute step is all there is.
-        let floor =
-            (slack * floor(dtype) * scale).max(if dtype == DType::F16 { 2f64.powi(-24) } else { 1e-38 });
-        let allowed = if reference.is_finite() { 2.0 * reference + floor } else { 16.0 * floor };
-        assert!(
-            fused <= allowed,
-            "{what}: {which}: error {fused:.3e}, allowed {allowed:.3e} (reference {reference:.3e}, scale {scale:.3e})"
-        );
-    }
+/// An operation applied to arguments, three times.
+pub struct Case {
+    pub what: String,
+    /// Multiplies the error rule's floor.
+    pub slack: f64,
+    pub args: Vec<Arg>,
+    pub fused: Op,
+    pub reference: Op,
+    pub oracle: Op,
 }
 
-/// Gradients against central differences of the float64 oracle's `Σ c·y`, element by element.
-pub fn central_differences(what: &str, args: &[Arg], device: &Device, fused: Op, oracle: Op) {
-    let bases = bases(args, DType::F32).unwrap();
-    let got = run(true, args, &bases, DType::F32, device, fused).unwrap();
-    let loss = |bases: &[Tensor]| -> Result<f64> {
-        let views: Vec<Tensor> =
-            args.iter().zip(bases).map(|(arg, base)| arg.view(base)).collect::<Result<_>>()?;
-        let y = oracle(&views)?;
-        let c = Tensor::from_vec(values(y.elem_count(), 99), y.shape(), &Device::Cpu)?;
-        let c = c.to_dtype(DType::BF16)?.to_dtype(DType::F64)?;
-        (y * c)?.sum_all()?.to_scalar()
-    };
-    let mut gradients = got.tensors.iter().skip(1);
-    for (k, _) in args.iter().enumerate().filter(|(_, arg)| arg.tracked) {
-        let gradient = gradients.next().unwrap();
-        let start = to_f64(&bases[k]).unwrap();
-        for i in 0..start.len() {
-            let step = 1e-5;
-            let at = |x: f64| {
-                let mut moved = start.clone();
-                moved[i] = x;
-                let mut bases = bases.clone();
-                bases[k] = Tensor::from_vec(moved, bases[k].shape(), &Device::Cpu).unwrap();
-                loss(&bases).unwrap()
+impl Case {
+    /// The error rule: against float64, result and gradients of `fused` are at most twice as wrong as those of
+    /// `reference` in the same dtype, plus the floor. Where the reference overflows, `fused` still is finite wherever
+    /// the oracle is, and within sixteen times the floor of it.
+    pub fn error_rule(&self, dtype: DType, device: &Device) {
+        let (args, what) = (&self.args, format!("{} {dtype:?} {:?}", self.what, self.args));
+        let bases = bases(&self.args, dtype).unwrap();
+        let exact = run(false, args, &bases, DType::F64, &Device::Cpu, &self.oracle)
+            .unwrap_or_else(|e| panic!("{what}: oracle: {e}"));
+        let fused =
+            run(true, args, &bases, dtype, device, &self.fused).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let reference = run(false, args, &bases, dtype, device, &self.reference)
+            .unwrap_or_else(|e| panic!("{what}: reference: {e}"));
+        assert_eq!(exact.tensors.len(), fused.tensors.len(), "{what}: gradients");
+        for (i, ((exact, fused), reference)) in
+            exact.tensors.iter().zip(&fused.tensors).zip(&reference.tensors).enumerate()
+        {
+            let which = if i == 0 { "result".into() } else { format!("gradient {i}") };
+            assert_eq!(exact.len(), fused.len(), "{what}: {which}: elements");
+            let scale = exact.iter().fold(0f64, |a, b| a.max(b.abs()));
+            assert!(scale.is_finite(), "{what}: {which}: the oracle is {scale}");
+            let error = |got: &[f64]| {
+                exact.iter().zip(got).fold(0f64, |worst, (e, g)| {
+                    let error = (e - g).abs();
+                    if error.is_nan() { f64::INFINITY } else { worst.max(error) }
+                })
             };
-            let expected = (at(start[i] + step) - at(start[i] - step)) / (2.0 * step);
-            let error = (gradient[i] - expected).abs();
+            let (fused, reference) = (error(fused), error(reference));
+            // Below the smallest normal number of the dtype, an absolute step is all there is.
+            let floor = (self.slack * floor(dtype) * scale).max(if dtype == DType::F16 {
+                2f64.powi(-24)
+            } else {
+                1e-38
+            });
+            let allowed = if reference.is_finite() { 2.0 * reference + floor } else { 16.0 * floor };
             assert!(
-                error <= 1e-5 * (1.0 + expected.abs()),
-                "{what}: gradient {k}, element {i}: {} instead of {expected}",
-                gradient[i]
+                fused <= allowed,
+                "{what}: {which}: error {fused:.3e}, allowed {allowed:.3e} (reference {reference:.3e}, scale {scale:.3e})"
             );
+        }
+    }
+
+    /// Gradients against central differences of the float64 oracle's `Σ c·y`, element by element.
+    pub fn central_differences(&self, device: &Device) {
+        let args = &self.args;
+        let bases = bases(args, DType::F32).unwrap();
+        let got = run(true, args, &bases, DType::F32, device, &self.fused).unwrap();
+        let loss = |bases: &[Tensor]| -> Result<f64> {
+            let views: Vec<Tensor> =
+                args.iter().zip(bases).map(|(arg, base)| arg.view(base)).collect::<Result<_>>()?;
+            let y = (self.oracle)(&views)?;
+            let c = Tensor::from_vec(values(y.elem_count(), 99), y.shape(), &Device::Cpu)?;
+            let c = c.to_dtype(DType::BF16)?.to_dtype(DType::F64)?;
+            (y * c)?.sum_all()?.to_scalar()
+        };
+        let mut gradients = got.tensors.iter().skip(1);
+        for (k, _) in args.iter().enumerate().filter(|(_, arg)| arg.tracked) {
+            let gradient = gradients.next().unwrap();
+            let start = to_f64(&bases[k]).unwrap();
+            for i in 0..start.len() {
+                let step = 1e-5;
+                let at = |x: f64| {
+                    let mut moved = start.clone();
+                    moved[i] = x;
+                    let mut bases = bases.clone();
+                    bases[k] = Tensor::from_vec(moved, bases[k].shape(), &Device::Cpu).unwrap();
+                    loss(&bases).unwrap()
+                };
+                let expected = (at(start[i] + step) - at(start[i] - step)) / (2.0 * step);
+                let error = (gradient[i] - expected).abs();
+                assert!(
+                    error <= 1e-5 * (1.0 + expected.abs()),
+                    "{}: gradient {k}, element {i}: {} instead of {expected}",
+                    self.what,
+                    gradient[i]
+                );
+            }
         }
     }
 }
