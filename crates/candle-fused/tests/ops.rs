@@ -26,7 +26,8 @@ fn softmax(x: Arg, scale: f32, mask: Mask) -> Case {
 fn rms_norm(args: Vec<Arg>, eps: f32) -> Case {
     Case {
         what: format!("rms_norm eps {eps}"),
-        slack: 1.0,
+        // The gradient of a row of one element is what rounding leaves of a cancellation.
+        slack: if args[0].dims.ends_with(&[1]) { 4096.0 } else { 1.0 },
         args,
         fused: Box::new(move |a| candle_fused::rms_norm(&a[0], a.get(1), eps)),
         reference: Box::new(move |a| ops::rms_norm::reference(&a[0], a.get(1), eps)),
