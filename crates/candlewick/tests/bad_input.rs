@@ -181,8 +181,7 @@ fn a_full_disk_leaves_the_old_adapter_whole() {
         "trap '' XFSZ; ulimit -f 4; exec {wick} train --model model --data data --device cpu --iters 6 --batch-size 2 \
          --overwrite --seed 5 --rank 16 --save-every 2"
     );
-    let output =
-        Command::new("sh").args(["-c", &script]).current_dir(place.root.path()).output().unwrap();
+    let output = Command::new("sh").args(["-c", &script]).current_dir(place.root.path()).output().unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("too large") || message.contains("space"), "{message}");

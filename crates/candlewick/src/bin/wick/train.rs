@@ -27,14 +27,14 @@ const DEFAULTS: Defaults = Defaults {
 
 /// For the embedded base on the embedded data.
 const EMBEDDED: Defaults = Defaults {
-    iters: 200,
+    iters: 60,
     batch_size: 8,
-    learning_rate: 3e-3,
+    learning_rate: 1e-2,
     schedule: ScheduleName::Cosine,
-    warmup: 10,
+    warmup: 5,
     val_batches: -1,
-    steps_per_report: 10,
-    steps_per_eval: 50,
+    steps_per_report: 5,
+    steps_per_eval: 20,
 };
 
 /// A dish that is not among the embedded training rows.
@@ -69,7 +69,8 @@ pub struct Options {
     /// Scale by alpha / √rank instead
     #[arg(long, visible_alias = "use-rslora")]
     rslora: bool,
-    /// Projections that get an adapter: names with commas, a regular expression, or all-linear [default: q and v]
+    /// Projections that get an adapter: names with commas, a regular expression, or all-linear [default: q and v;
+    /// all-linear for the base that wick carries]
     #[arg(long, value_name = "MODULES")]
     target_modules: Option<String>,
     /// Only the last so many layers; -1 for all
@@ -131,16 +132,18 @@ impl Options {
             let folder = if path.is_file() { path.parent().unwrap_or(path) } else { path };
             return lora::load(decoder, folder);
         }
+        let targets = self.target_modules.as_deref().or(self.model.model.is_none().then_some("all-linear"));
         let config = LoraConfig {
             base_model_name_or_path: self.model.model.as_ref().map(|folder| folder.display().to_string()),
             r: self.rank,
             lora_alpha: self.alpha,
             lora_dropout: self.dropout,
             use_rslora: self.rslora,
-            target_modules: self.target_modules.as_deref().map(Modules::from_option),
+            target_modules: targets.map(Modules::from_option),
             layers_to_transform: self.layers(decoder.config().num_hidden_layers)?,
             ..LoraConfig::default()
         };
+        let config = lora::expand_all_linear(config, decoder);
         let parameters = lora::attach(decoder, &config, self.training.seed)?;
         Ok((config, parameters))
     }
