@@ -1,0 +1,173 @@
+// The dialect in the simulator: C++17 for the host's compiler (GCC or clang).
+// Every word is explained in docs/kernel-dialect.md.
+//
+// The text is compiled with -fsanitize=thread but linked without that library: the simulator supplies the
+// __tsan_* callbacks and so sees every load and store. What it cannot see that way, it is told through the
+// functions of the next block. They are all this header and the simulator's runtime have to agree on.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+extern "C" {
+struct SimulatorContext {
+    uint32_t threadgroup[3];  // TG_POS
+    uint32_t thread[3];       // TID
+    uint32_t threads[3];      // TG_SIZE
+    uint32_t lane;            // LANE
+    uint32_t simdgroup;       // SIMD_ID
+    uint32_t simdgroups;      // N_SIMD
+};
+enum SimulatorSimd { SIMULATOR_SUM_F32, SIMULATOR_SUM_U32, SIMULATOR_MAX_F32, SIMULATOR_MIN_U32 };
+// One simdgroup operation: gives this lane's bits, returns this lane's result. All lanes must come to the same site.
+uint32_t simulator_simd(uint32_t operation, uint32_t bits, const char* file, int line);
+// A threadgroup barrier; flags: 1 device memory, 2 threadgroup memory.
+void simulator_barrier(uint32_t flags, const char* file, int line);
+// This threadgroup's array of that name. Called by every thread, in the same order.
+void* simulator_threadgroup_array(size_t bytes, size_t align, const char* name, const char* file, int line);
+// A vector access is about to happen: check the alignment. The access itself comes through __tsan_*.
+void simulator_vector(const void* address, size_t bytes, uint32_t is_write, const char* file, int line);
+// One call of fma().
+void simulator_multiply(void);
+}
+
+// Each KERNEL exports simulator_kernel_<name>(arguments, context): arguments[i] points to the i-th buffer, the
+// last to the bytes of the PARAM struct. A host that links several texts into one image may choose another name.
+#ifndef SIMULATOR_KERNEL
+#define SIMULATOR_KERNEL(name) simulator_kernel_##name
+#endif
+#define SIMULATOR_HIDDEN __attribute__((no_sanitize("thread")))
+#define SIMULATOR_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;  // glibc has exactly this
+struct float2 { float x, y; };
+struct uint3 { uint x, y, z; };
+struct alignas(16) uint4 { uint x, y, z, w; };
+
+// ---- places ----
+#define DEVICE
+#define THREADGROUP
+#define THREAD
+
+// ---- declarations ----
+#define DEVFN static inline __attribute__((unused))
+#define KERNEL(name, ...)                                                                          \
+    static void name(const SimulatorContext& simulator_context, __VA_ARGS__);                      \
+    extern "C" SIMULATOR_HIDDEN void SIMULATOR_KERNEL(name)(void** arguments,                       \
+                                                           const SimulatorContext* context) {      \
+        simulator::call(&name, arguments, *context);                                               \
+    }                                                                                              \
+    static void name(const SimulatorContext& simulator_context, __VA_ARGS__)
+#define PARAM(Struct, name) const Struct& name
+#define TG_ARRAY(Type, name, count)                                              \
+    Type(&name)[count] = *static_cast<Type(*)[count]>(simulator_threadgroup_array( \
+        sizeof(Type) * (count), alignof(Type), #name, __FILE__, __LINE__))
+#define INT64 long long
+#define SIMDGROUP_SIZE 32u
+
+namespace simulator {
+// A buffer argument is its address; the PARAM struct is copied onto the thread's own stack.
+template <typename A> struct Argument {
+    static_assert(std::is_pointer<A>::value, "a kernel takes DEVICE pointers, then one PARAM(Struct, name)");
+    SIMULATOR_HIDDEN static A get(void* p) { return static_cast<A>(p); }
+};
+template <typename S> struct Argument<const S&> {
+    SIMULATOR_HIDDEN static S get(void* p) { return *static_cast<const S*>(p); }
+};
+template <typename... A, size_t... I>
+SIMULATOR_HIDDEN static inline void call_with(void (*kernel)(const SimulatorContext&, A...), void** arguments,
+                                              const SimulatorContext& context, std::index_sequence<I...>) {
+    kernel(context, Argument<A>::get(arguments[I])...);
+}
+template <typename... A>
+SIMULATOR_HIDDEN static inline void call(void (*kernel)(const SimulatorContext&, A...), void** arguments,
+                                         const SimulatorContext& context) {
+    const SimulatorContext own = context;
+    call_with(kernel, arguments, own, std::index_sequence_for<A...>());
+}
+template <typename To, typename From> SIMULATOR_HIDDEN static inline To bits(From v) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &v, sizeof to);
+    return to;
+}
+}  // namespace simulator
+
+// ---- positions ----
+#define TG_POS (uint3{simulator_context.threadgroup[0], simulator_context.threadgroup[1], simulator_context.threadgroup[2]})
+#define TID (uint3{simulator_context.thread[0], simulator_context.thread[1], simulator_context.thread[2]})
+#define TG_SIZE (uint3{simulator_context.threads[0], simulator_context.threads[1], simulator_context.threads[2]})
+#define LANE (simulator_context.lane)
+#define SIMD_ID (simulator_context.simdgroup)
+#define N_SIMD (simulator_context.simdgroups)
+
+// ---- barriers and simdgroup operations ----
+enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+DEVFN mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
+DEVFN void threadgroup_barrier(mem_flags flags, SIMULATOR_SITE) { simulator_barrier(uint(flags), file, line); }
+DEVFN float simd_sum(float v, SIMULATOR_SITE) {
+    return simulator::bits<float>(simulator_simd(SIMULATOR_SUM_F32, simulator::bits<uint>(v), file, line));
+}
+DEVFN uint simd_sum(uint v, SIMULATOR_SITE) { return simulator_simd(SIMULATOR_SUM_U32, v, file, line); }
+DEVFN float simd_max(float v, SIMULATOR_SITE) {
+    return simulator::bits<float>(simulator_simd(SIMULATOR_MAX_F32, simulator::bits<uint>(v), file, line));
+}
+DEVFN uint simd_min(uint v, SIMULATOR_SITE) { return simulator_simd(SIMULATOR_MIN_U32, v, file, line); }
+
+// ---- arithmetic ----
+// <cmath> puts a double fma(double, double, double) in scope: the float overload below is the better match.
+SIMULATOR_HIDDEN static inline float fma(float a, float b, float c) {
+    simulator_multiply();
+    return std::fmaf(a, b, c);
+}
+DEVFN float fabs(float v, int) { return std::fabs(v); }
+DEVFN uint mulhi(uint a, uint b) { return uint((uint64_t(a) * b) >> 32); }
+namespace precise {
+DEVFN float exp(float v) { return std::exp(v); }
+DEVFN float log(float v) { return std::log(v); }
+DEVFN float sqrt(float v) { return std::sqrt(v); }
+}  // namespace precise
+template <typename To, typename From> DEVFN To as_type(From v) { return simulator::bits<To>(v); }
+
+// ---- storage types: memory holds them, arithmetic is in float ----
+struct half {
+    ushort bits;
+    half() = default;
+    explicit half(float v) : bits(simulator::bits<ushort>(static_cast<_Float16>(v))) {}
+};
+struct bfloat {
+    ushort bits;
+    bfloat() = default;
+    explicit bfloat(float v) {
+        const uint u = simulator::bits<uint>(v);
+        const uint rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to the nearest, ties to even
+        bits = (u & 0x7fffffffu) > 0x7f800000u ? ushort((u >> 16) | 0x40u) : ushort(rounded >> 16);
+    }
+};
+DEVFN float to_f32(float v) { return v; }
+DEVFN float to_f32(half v) { return float(simulator::bits<_Float16>(v.bits)); }
+DEVFN float to_f32(bfloat v) { return simulator::bits<float>(uint(v.bits) << 16); }
+template <typename U> DEVFN U from_f32(float v) { return U(v); }
+
+// Two 16-bit values in one word, the lower address in the lower half.
+template <typename U> DEVFN float2 unpack2(uint word, U) {
+    return float2{to_f32(simulator::bits<U>(ushort(word))), to_f32(simulator::bits<U>(ushort(word >> 16)))};
+}
+template <typename U> DEVFN uint pack2(float low, float high, U) {
+    return uint(U(low).bits) | (uint(U(high).bits) << 16);
+}
+
+// ---- 16 bytes at an address that is a multiple of 16 ----
+template <typename U> DEVFN uint4 vector_load(DEVICE const U* p, SIMULATOR_SITE) {
+    simulator_vector(p, sizeof(uint4), 0, file, line);
+    return *reinterpret_cast<const uint4*>(p);
+}
+template <typename U> DEVFN void vector_store(DEVICE U* p, uint4 v, SIMULATOR_SITE) {
+    simulator_vector(p, sizeof(uint4), 1, file, line);
+    *reinterpret_cast<uint4*>(p) = v;
+}
