@@ -249,10 +249,7 @@ pub enum PlanError {
 impl Plan {
     /// The buffers of one role, with their indices.
     pub fn with_role(&self, role: Role) -> impl Iterator<Item = (usize, &Buffer)> {
-        self.buffers
-            .iter()
-            .enumerate()
-            .filter(move |(_, buffer)| buffer.role == role)
+        self.buffers.iter().enumerate().filter(move |(_, buffer)| buffer.role == role)
     }
 
     /// Checks every launch against the limits of all targets.
@@ -274,38 +271,16 @@ impl Launch {
     /// [`PlanError::Limit`] naming the kernel and the number.
     pub fn check(&self, buffers: usize) -> Result<(), PlanError> {
         let limit = |what, expected: &str, got: String| {
-            Err(PlanError::Limit {
-                kernel: self.kernel,
-                what,
-                expected: expected.into(),
-                got,
-            })
+            Err(PlanError::Limit { kernel: self.kernel, what, expected: expected.into(), got })
         };
-        if self.threads == 0
-            || self.threads > MAX_THREADS
-            || !self.threads.is_multiple_of(SIMDGROUP_SIZE)
-        {
-            return limit(
-                "threads",
-                "a multiple of 32 in 32..=1024",
-                self.threads.to_string(),
-            );
+        if self.threads == 0 || self.threads > MAX_THREADS || !self.threads.is_multiple_of(SIMDGROUP_SIZE) {
+            return limit("threads", "a multiple of 32 in 32..=1024", self.threads.to_string());
         }
         if self.threadgroup_bytes > MAX_THREADGROUP_BYTES {
-            return limit(
-                "threadgroup memory",
-                "at most 32768 bytes",
-                self.threadgroup_bytes.to_string(),
-            );
+            return limit("threadgroup memory", "at most 32768 bytes", self.threadgroup_bytes.to_string());
         }
         let [x, y, z] = self.threadgroups;
-        if x == 0
-            || y == 0
-            || z == 0
-            || x > i32::MAX.unsigned_abs()
-            || y > MAX_GRID_YZ
-            || z > MAX_GRID_YZ
-        {
+        if x == 0 || y == 0 || z == 0 || x > i32::MAX.unsigned_abs() || y > MAX_GRID_YZ || z > MAX_GRID_YZ {
             return limit(
                 "threadgroups",
                 "in 1..=[2147483647, 65535, 65535]",
@@ -316,11 +291,7 @@ impl Launch {
             return limit("argument", &format!("below {buffers}"), index.to_string());
         }
         if self.params.is_empty() || !self.params.len().is_multiple_of(4) {
-            return limit(
-                "parameter bytes",
-                "a positive multiple of 4",
-                self.params.len().to_string(),
-            );
+            return limit("parameter bytes", "a positive multiple of 4", self.params.len().to_string());
         }
         Ok(())
     }
@@ -348,38 +319,14 @@ mod tests {
     fn limits_are_checked() {
         assert_eq!(launch().check(1), Ok(()));
         for broken in [
-            Launch {
-                threads: 0,
-                ..launch()
-            },
-            Launch {
-                threads: 33,
-                ..launch()
-            },
-            Launch {
-                threads: 1056,
-                ..launch()
-            },
-            Launch {
-                threadgroup_bytes: 32_769,
-                ..launch()
-            },
-            Launch {
-                threadgroups: [1, 65_536, 1],
-                ..launch()
-            },
-            Launch {
-                threadgroups: [0, 1, 1],
-                ..launch()
-            },
-            Launch {
-                arguments: vec![1],
-                ..launch()
-            },
-            Launch {
-                params: vec![],
-                ..launch()
-            },
+            Launch { threads: 0, ..launch() },
+            Launch { threads: 33, ..launch() },
+            Launch { threads: 1056, ..launch() },
+            Launch { threadgroup_bytes: 32_769, ..launch() },
+            Launch { threadgroups: [1, 65_536, 1], ..launch() },
+            Launch { threadgroups: [0, 1, 1], ..launch() },
+            Launch { arguments: vec![1], ..launch() },
+            Launch { params: vec![], ..launch() },
         ] {
             assert!(broken.check(1).is_err(), "{broken:?}");
         }

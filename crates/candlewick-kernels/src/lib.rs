@@ -1,8 +1,16 @@
 //! Fused training kernels, written once in a dialect that Metal, CUDA and a simulator understand, with their launches.
 //!
 //! This crate is text and arithmetic on shapes: it knows neither Candle nor a GPU API.
-//! [`launch`] describes what to run; one module per op turns shapes into such a description.
+//! [`launch`] describes what to run; one module per op turns shapes into such a description; [`source`] puts the
+//! text together that a launch is compiled from.
 
+mod column_sum;
 pub mod launch;
+mod params;
+pub mod rms_norm;
+mod rows;
+pub mod source;
 
 pub use launch::{Buffer, Element, KernelFile, Launch, Plan, PlanError, Role, Storage, Target};
+pub use params::Tuning;
+pub use source::assemble;

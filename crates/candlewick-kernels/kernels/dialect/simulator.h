@@ -34,7 +34,8 @@ void simulator_multiply(void);
 }
 
 // Each KERNEL exports simulator_kernel_<name>(arguments, context): arguments[i] points to the i-th buffer, the
-// last to the bytes of the PARAM struct. A host that links several texts into one image may choose another name.
+// last to the bytes of the PARAM struct. simulator_kernel_<name>_signature holds the number of buffers and the size of
+// that struct, to compare with the launch. A host that links several texts into one image may choose another name.
 #ifndef SIMULATOR_KERNEL
 #define SIMULATOR_KERNEL(name) simulator_kernel_##name
 #endif
@@ -61,6 +62,11 @@ struct alignas(16) uint4 { uint x, y, z, w; };
     extern "C" SIMULATOR_HIDDEN void SIMULATOR_KERNEL(name)(void** arguments,                       \
                                                            const SimulatorContext* context) {      \
         simulator::call(&name, arguments, *context);                                               \
+    }                                                                                              \
+    extern "C" {                                                                                   \
+    extern const uint32_t SIMULATOR_KERNEL(name##_signature)[2];                                   \
+    const uint32_t SIMULATOR_KERNEL(name##_signature)[2] = {                                       \
+        simulator::Signature<decltype(&name)>::buffers, simulator::Signature<decltype(&name)>::param_bytes};  \
     }                                                                                              \
     static void name(const SimulatorContext& simulator_context, __VA_ARGS__)
 #define PARAM(Struct, name) const Struct& name
@@ -90,6 +96,11 @@ SIMULATOR_HIDDEN static inline void call(void (*kernel)(const SimulatorContext&,
     const SimulatorContext own = context;
     call_with(kernel, arguments, own, std::index_sequence_for<A...>());
 }
+template <typename Kernel> struct Signature;
+template <typename... A> struct Signature<void (*)(const SimulatorContext&, A...)> {
+    static constexpr uint32_t buffers = sizeof...(A) - 1;
+    static constexpr uint32_t param_bytes = sizeof(typename std::tuple_element<buffers, std::tuple<A...>>::type);
+};
 template <typename To, typename From> SIMULATOR_HIDDEN static inline To bits(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
@@ -120,12 +131,15 @@ DEVFN float simd_max(float v, SIMULATOR_SITE) {
 DEVFN uint simd_min(uint v, SIMULATOR_SITE) { return simulator_simd(SIMULATOR_MIN_U32, v, file, line); }
 
 // ---- arithmetic ----
-// <cmath> puts a double fma(double, double, double) in scope: the float overload below is the better match.
-SIMULATOR_HIDDEN static inline float fma(float a, float b, float c) {
+using std::fabs;
+using std::fmax;
+using std::fmin;
+// Every product of the kernels' inner loops goes through fma, so that the simulator can count them.
+SIMULATOR_HIDDEN static inline float simulator_fma(float a, float b, float c) {
     simulator_multiply();
     return std::fmaf(a, b, c);
 }
-DEVFN float fabs(float v, int) { return std::fabs(v); }
+#define fma simulator_fma
 DEVFN uint mulhi(uint a, uint b) { return uint((uint64_t(a) * b) >> 32); }
 namespace precise {
 DEVFN float exp(float v) { return std::exp(v); }
