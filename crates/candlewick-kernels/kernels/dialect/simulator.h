@@ -96,10 +96,12 @@ SIMULATOR_HIDDEN static inline void call(void (*kernel)(const SimulatorContext&,
     const SimulatorContext own = context;
     call_with(kernel, arguments, own, std::index_sequence_for<A...>());
 }
+template <typename A, typename... Rest> struct Last : Last<Rest...> {};
+template <typename S> struct Last<const S&> { static constexpr uint32_t bytes = sizeof(S); };
 template <typename Kernel> struct Signature;
 template <typename... A> struct Signature<void (*)(const SimulatorContext&, A...)> {
     static constexpr uint32_t buffers = sizeof...(A) - 1;
-    static constexpr uint32_t param_bytes = sizeof(typename std::tuple_element<buffers, std::tuple<A...>>::type);
+    static constexpr uint32_t param_bytes = Last<A...>::bytes;
 };
 template <typename To, typename From> SIMULATOR_HIDDEN static inline To bits(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -149,14 +151,19 @@ DEVFN float sqrt(float v) { return std::sqrt(v); }
 template <typename To, typename From> DEVFN To as_type(From v) { return simulator::bits<To>(v); }
 
 // ---- storage types: memory holds them, arithmetic is in float ----
+// GCC does not announce the copy of a struct from or to an argument or a result. A copy of `bits` it does.
 struct half {
     ushort bits;
     half() = default;
+    half(const half& other) : bits(other.bits) {}
+    half& operator=(const half& other) { bits = other.bits; return *this; }
     explicit half(float v) : bits(simulator::bits<ushort>(static_cast<_Float16>(v))) {}
 };
 struct bfloat {
     ushort bits;
     bfloat() = default;
+    bfloat(const bfloat& other) : bits(other.bits) {}
+    bfloat& operator=(const bfloat& other) { bits = other.bits; return *this; }
     explicit bfloat(float v) {
         const uint u = simulator::bits<uint>(v);
         const uint rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to the nearest, ties to even
