@@ -4,12 +4,13 @@
 // The text is compiled with -fsanitize=thread but linked without that library: the simulator supplies the
 // __tsan_* callbacks and so sees every load and store. What it cannot see that way, it is told through the
 // functions of the next block. They are all this header and the simulator's runtime have to agree on.
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
+// No header is included: hundreds of texts are compiled, and reading <cmath> takes longer than the rest.
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;  // glibc has exactly this
+typedef __SIZE_TYPE__ size_t;
+typedef __UINT32_TYPE__ uint32_t;
 
 extern "C" {
 struct SimulatorContext {
@@ -40,12 +41,10 @@ void simulator_multiply(void);
 #define SIMULATOR_KERNEL(name) simulator_kernel_##name
 #endif
 #define SIMULATOR_HIDDEN __attribute__((no_sanitize("thread")))
+// Functions too small to appear in a call stack.
+#define SIMULATOR_TINY static inline __attribute__((always_inline, unused))
 #define SIMULATOR_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;  // glibc has exactly this
 struct float2 { float x, y; };
 struct uint3 { uint x, y, z; };
 struct alignas(16) uint4 { uint x, y, z, w; };
@@ -78,23 +77,26 @@ struct alignas(16) uint4 { uint x, y, z, w; };
 
 namespace simulator {
 // A buffer argument is its address; the PARAM struct is copied onto the thread's own stack.
-template <typename A> struct Argument {
-    static_assert(std::is_pointer<A>::value, "a kernel takes DEVICE pointers, then one PARAM(Struct, name)");
-    SIMULATOR_HIDDEN static A get(void* p) { return static_cast<A>(p); }
+template <typename A> struct Argument;  // a kernel takes DEVICE pointers, then one PARAM(Struct, name)
+template <typename E> struct Argument<E*> {
+    SIMULATOR_HIDDEN static E* get(void* p) { return static_cast<E*>(p); }
 };
 template <typename S> struct Argument<const S&> {
     SIMULATOR_HIDDEN static S get(void* p) { return *static_cast<const S*>(p); }
 };
+template <size_t... I> struct Indices {};
+template <size_t N, size_t... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <size_t... I> struct UpTo<0, I...> { typedef Indices<I...> type; };
 template <typename... A, size_t... I>
 SIMULATOR_HIDDEN static inline void call_with(void (*kernel)(const SimulatorContext&, A...), void** arguments,
-                                              const SimulatorContext& context, std::index_sequence<I...>) {
+                                              const SimulatorContext& context, Indices<I...>) {
     kernel(context, Argument<A>::get(arguments[I])...);
 }
 template <typename... A>
 SIMULATOR_HIDDEN static inline void call(void (*kernel)(const SimulatorContext&, A...), void** arguments,
                                          const SimulatorContext& context) {
     const SimulatorContext own = context;
-    call_with(kernel, arguments, own, std::index_sequence_for<A...>());
+    call_with(kernel, arguments, own, typename UpTo<sizeof...(A)>::type());
 }
 template <typename A, typename... Rest> struct Last : Last<Rest...> {};
 template <typename S> struct Last<const S&> { static constexpr uint32_t bytes = sizeof(S); };
@@ -103,10 +105,10 @@ template <typename... A> struct Signature<void (*)(const SimulatorContext&, A...
     static constexpr uint32_t buffers = sizeof...(A) - 1;
     static constexpr uint32_t param_bytes = Last<A...>::bytes;
 };
-template <typename To, typename From> SIMULATOR_HIDDEN static inline To bits(From v) {
+template <typename To, typename From> SIMULATOR_TINY To bits(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
-    memcpy(&to, &v, sizeof to);
+    __builtin_memcpy(&to, &v, sizeof to);
     return to;
 }
 }  // namespace simulator
@@ -133,22 +135,21 @@ DEVFN float simd_max(float v, SIMULATOR_SITE) {
 DEVFN uint simd_min(uint v, SIMULATOR_SITE) { return simulator_simd(SIMULATOR_MIN_U32, v, file, line); }
 
 // ---- arithmetic ----
-using std::fabs;
-using std::fmax;
-using std::fmin;
-// Every product of the kernels' inner loops goes through fma, so that the simulator can count them.
-SIMULATOR_HIDDEN static inline float simulator_fma(float a, float b, float c) {
+#define INFINITY __builtin_inff()
+SIMULATOR_TINY float fma(float a, float b, float c) {
     simulator_multiply();
-    return std::fmaf(a, b, c);
+    return __builtin_fmaf(a, b, c);
 }
-#define fma simulator_fma
-DEVFN uint mulhi(uint a, uint b) { return uint((uint64_t(a) * b) >> 32); }
+SIMULATOR_TINY float fabs(float v) { return __builtin_fabsf(v); }
+SIMULATOR_TINY float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
+SIMULATOR_TINY float fmin(float a, float b) { return __builtin_fminf(a, b); }
+SIMULATOR_TINY uint mulhi(uint a, uint b) { return uint((ulong(a) * b) >> 32); }
 namespace precise {
-DEVFN float exp(float v) { return std::exp(v); }
-DEVFN float log(float v) { return std::log(v); }
-DEVFN float sqrt(float v) { return std::sqrt(v); }
+SIMULATOR_TINY float exp(float v) { return __builtin_expf(v); }
+SIMULATOR_TINY float log(float v) { return __builtin_logf(v); }
+SIMULATOR_TINY float sqrt(float v) { return __builtin_sqrtf(v); }
 }  // namespace precise
-template <typename To, typename From> DEVFN To as_type(From v) { return simulator::bits<To>(v); }
+template <typename To, typename From> SIMULATOR_TINY To as_type(From v) { return simulator::bits<To>(v); }
 
 // ---- storage types: memory holds them, arithmetic is in float ----
 // GCC does not announce the copy of a struct from or to an argument or a result. A copy of `bits` it does.
@@ -170,16 +171,16 @@ struct bfloat {
         bits = (u & 0x7fffffffu) > 0x7f800000u ? ushort((u >> 16) | 0x40u) : ushort(rounded >> 16);
     }
 };
-DEVFN float to_f32(float v) { return v; }
-DEVFN float to_f32(half v) { return float(simulator::bits<_Float16>(v.bits)); }
-DEVFN float to_f32(bfloat v) { return simulator::bits<float>(uint(v.bits) << 16); }
-template <typename U> DEVFN U from_f32(float v) { return U(v); }
+SIMULATOR_TINY float to_f32(float v) { return v; }
+SIMULATOR_TINY float to_f32(half v) { return float(simulator::bits<_Float16>(v.bits)); }
+SIMULATOR_TINY float to_f32(bfloat v) { return simulator::bits<float>(uint(v.bits) << 16); }
+template <typename U> SIMULATOR_TINY U from_f32(float v) { return U(v); }
 
 // Two 16-bit values in one word, the lower address in the lower half.
-template <typename U> DEVFN float2 unpack2(uint word, U) {
+template <typename U> SIMULATOR_TINY float2 unpack2(uint word, U) {
     return float2{to_f32(simulator::bits<U>(ushort(word))), to_f32(simulator::bits<U>(ushort(word >> 16)))};
 }
-template <typename U> DEVFN uint pack2(float low, float high, U) {
+template <typename U> SIMULATOR_TINY uint pack2(float low, float high, U) {
     return uint(U(low).bits) | (uint(U(high).bits) << 16);
 }
 
