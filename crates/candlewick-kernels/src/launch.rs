@@ -180,6 +180,8 @@ pub enum KernelFile {
     CrossEntropy,
     /// `lora.metal`
     Lora,
+    /// `lora_gradient.metal`
+    LoraGradient,
     /// `column_sum.metal`, the second stage of every gradient that sums over rows.
     ColumnSum,
 }

@@ -5,12 +5,21 @@
 //! text together that a launch is compiled from.
 
 mod column_sum;
+pub mod cross_entropy;
+mod flat;
 pub mod launch;
+pub mod layer_norm;
+pub mod lora;
+pub mod ops;
 mod params;
 pub mod rms_norm;
+pub mod rope;
 mod rows;
+pub mod silu_mul;
+pub mod softmax;
 pub mod source;
 
 pub use launch::{Buffer, Element, KernelFile, Launch, Plan, PlanError, Role, Storage, Target};
+pub use ops::{Op, ops};
 pub use params::Tuning;
 pub use source::assemble;

@@ -1,6 +1,6 @@
 //! Small helpers that every op's plan is built with: checked sizes, parameter bytes, tuning.
 
-use crate::launch::{MAX_THREADS, PlanError, SIMDGROUP_SIZE};
+use crate::launch::{Buffer, Element, Launch, MAX_THREADS, Plan, PlanError, Role, SIMDGROUP_SIZE};
 
 /// What the executor knows about the device and the addresses it will bind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,4 +98,32 @@ pub(crate) fn define(name: &'static str, value: impl ToString) -> (&'static str,
 /// `#define name 1` or `0`.
 pub(crate) fn flag(name: &'static str, value: bool) -> (&'static str, String) {
     define(name, u8::from(value))
+}
+
+/// Collects a plan's buffers and hands out their indices.
+#[derive(Default)]
+pub(crate) struct Buffers(Vec<Buffer>);
+
+impl Buffers {
+    pub(crate) fn input(&mut self, name: &'static str, element: Element, len: usize) -> usize {
+        self.push(Buffer { name, element, len, role: Role::Input })
+    }
+
+    pub(crate) fn output(&mut self, name: &'static str, element: Element, len: usize) -> usize {
+        self.push(Buffer { name, element, len, role: Role::Output })
+    }
+
+    pub(crate) fn scratch(&mut self, name: &'static str, element: Element, len: usize) -> usize {
+        self.push(Buffer { name, element, len, role: Role::Scratch })
+    }
+
+    fn push(&mut self, buffer: Buffer) -> usize {
+        self.0.push(buffer);
+        self.0.len() - 1
+    }
+
+    /// The plan of these buffers.
+    pub(crate) fn plan(self, launches: Vec<Launch>) -> Plan {
+        Plan { buffers: self.0, launches }
+    }
 }

@@ -1,12 +1,12 @@
 //! Plans of RMS norm; the mathematics is at the head of `kernels/rms_norm.metal`.
 
 use crate::column_sum;
-use crate::launch::{Buffer, Element, KernelFile, Launch, Plan, PlanError, Role, Storage};
-use crate::params::{Params, Tuning, flag, groups, product, size};
+use crate::launch::{Element, KernelFile, Launch, Plan, PlanError, Storage};
+use crate::params::{Buffers, Params, Tuning, flag, groups, product, size};
 use crate::rows::{RowGeometry, SCRATCH_BYTES, partial_rows};
 
 const OP: &str = "rms_norm";
-/// Registers for a row: forward holds x, backward holds x, the gradient and the weight's sums.
+/// Registers for a row: forward holds x; backward holds x, the gradient and the weight's sums.
 const HELD_FORWARD: usize = 32;
 const HELD_BACKWARD: usize = 16;
 
@@ -37,88 +37,73 @@ pub struct RmsNormGradients {
 impl RmsNorm {
     /// Inputs x, weight (if any); output y `[rows, columns]`.
     pub fn forward(&self, tuning: Tuning) -> Result<Plan, PlanError> {
-        let (mut buffers, elements) = self.inputs(&["x"])?;
-        let y = buffers.len();
-        buffers.push(Buffer {
-            name: "y",
-            element: self.storage.element(),
-            len: elements,
-            role: Role::Output,
-        });
+        let elements = product(OP, "x", &[self.rows, self.columns])?;
+        let mut buffers = Buffers::default();
+        let x = buffers.input("x", self.storage.element(), elements);
+        let weight = self.weight_input(&mut buffers).unwrap_or(x);
+        let y = buffers.output("y", self.storage.element(), elements);
         if elements == 0 {
-            return Ok(Plan { buffers, launches: Vec::new() });
+            return Ok(buffers.plan(Vec::new()));
         }
         let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_FORWARD);
-        let mut defines = geometry.defines();
-        defines.extend([flag("WEIGHT", self.weight), flag("WEIGHT_GRAD", false), flag("INPUT_GRAD", false)]);
-        let launch =
-            self.launch("rms_norm", geometry, defines, self.rows, vec![0, self.weight_index(1), y])?;
-        Ok(Plan { buffers, launches: vec![launch] })
+        let grads = RmsNormGradients { x: false, weight: false };
+        let launch = self.launch("rms_norm", geometry, grads, self.rows, vec![x, weight, y])?;
+        Ok(buffers.plan(vec![launch]))
     }
 
     /// Inputs x, grad, weight (if any); outputs `grad_x` `[rows, columns]` and `grad_weight` `[columns]`, those wanted.
     pub fn backward(&self, wanted: RmsNormGradients, tuning: Tuning) -> Result<Plan, PlanError> {
-        let (mut buffers, elements) = self.inputs(&["x", "grad"])?;
-        let weight_grad = wanted.weight && self.weight;
-        let mut push = |name, element, len, role| {
-            buffers.push(Buffer { name, element, len, role });
-            buffers.len() - 1
-        };
-        let grad_x = wanted.x.then(|| push("grad_x", self.storage.element(), elements, Role::Output));
-        let grad_weight =
-            weight_grad.then(|| push("grad_weight", self.storage.element(), self.columns, Role::Output));
-        let parts = if weight_grad { partial_rows(self.rows) } else { self.rows };
-        let partial = weight_grad
-            .then(|| product(OP, "partial sums", &[parts, self.columns]))
-            .transpose()?
-            .map(|len| push("partial", Element::F32, len, Role::Scratch));
-        if self.columns == 0 || (elements == 0 && !weight_grad) || !(wanted.x || weight_grad) {
-            return Ok(Plan { buffers, launches: Vec::new() });
-        }
+        let elements = product(OP, "x", &[self.rows, self.columns])?;
+        let wanted = RmsNormGradients { weight: wanted.weight && self.weight, ..wanted };
+        let element = self.storage.element();
+        let mut buffers = Buffers::default();
+        let x = buffers.input("x", element, elements);
+        let grad = buffers.input("grad", element, elements);
+        let weight = self.weight_input(&mut buffers).unwrap_or(x);
+        let grad_x = wanted.x.then(|| buffers.output("grad_x", element, elements));
+        let grad_weight = wanted.weight.then(|| buffers.output("grad_weight", element, self.columns));
+        let teams = if wanted.weight { partial_rows(self.rows) } else { self.rows };
+        let partials = product(OP, "partial sums", &[teams, self.columns])?;
+        let partial = wanted.weight.then(|| buffers.scratch("partial", Element::F32, partials));
 
-        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_BACKWARD);
-        let mut defines = geometry.defines();
-        defines.extend([
-            flag("WEIGHT", self.weight),
-            flag("WEIGHT_GRAD", weight_grad),
-            flag("INPUT_GRAD", wanted.x),
-        ]);
-        // An output that is not wanted is never touched: x stands in its place.
-        let arguments = vec![0, self.weight_index(2), 1, grad_x.unwrap_or(0), partial.unwrap_or(0)];
         let mut launches = Vec::new();
-        if elements > 0 {
-            launches.push(self.launch("rms_norm_backward", geometry, defines, parts, arguments)?);
+        if elements > 0 && (wanted.x || wanted.weight) {
+            let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_BACKWARD);
+            // An output that is not wanted is never touched: x stands in its place.
+            let arguments = vec![x, weight, grad, grad_x.unwrap_or(x), partial.unwrap_or(x)];
+            launches.push(self.launch("rms_norm_backward", geometry, wanted, teams, arguments)?);
         }
         if let (Some(partial), Some(total)) = (partial, grad_weight) {
-            let ends = (partial, total);
-            launches.push(column_sum::launch(OP, self.storage, tuning, parts, self.columns, ends)?);
+            launches.extend(column_sum::launch(
+                OP,
+                self.storage,
+                tuning,
+                teams,
+                self.columns,
+                (partial, total),
+            )?);
         }
-        Ok(Plan { buffers, launches })
+        Ok(buffers.plan(launches))
     }
 
-    fn weight_index(&self, index: usize) -> usize {
-        if self.weight { index } else { 0 }
-    }
-
-    fn inputs(&self, rows: &[&'static str]) -> Result<(Vec<Buffer>, usize), PlanError> {
-        let elements = product(OP, "x", &[self.rows, self.columns])?;
-        let element = self.storage.element();
-        let mut buffers: Vec<_> =
-            rows.iter().map(|&name| Buffer { name, element, len: elements, role: Role::Input }).collect();
-        if self.weight {
-            buffers.push(Buffer { name: "weight", element, len: self.columns, role: Role::Input });
-        }
-        Ok((buffers, elements))
+    fn weight_input(&self, buffers: &mut Buffers) -> Option<usize> {
+        self.weight.then(|| buffers.input("weight", self.storage.element(), self.columns))
     }
 
     fn launch(
         &self,
         kernel: &'static str,
         geometry: RowGeometry,
-        defines: Vec<(&'static str, String)>,
+        grads: RmsNormGradients,
         teams: usize,
         arguments: Vec<usize>,
     ) -> Result<Launch, PlanError> {
+        let mut defines = geometry.defines();
+        defines.extend([
+            flag("WEIGHT", self.weight),
+            flag("WEIGHT_GRAD", grads.weight),
+            flag("INPUT_GRAD", grads.x),
+        ]);
         Ok(Launch {
             kernel,
             file: KernelFile::RmsNorm,

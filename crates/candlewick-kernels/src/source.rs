@@ -39,7 +39,7 @@ impl Target {
 
 impl KernelFile {
     /// Every file.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Softmax,
         Self::RmsNorm,
         Self::LayerNorm,
@@ -47,6 +47,7 @@ impl KernelFile {
         Self::SiluMul,
         Self::CrossEntropy,
         Self::Lora,
+        Self::LoraGradient,
         Self::ColumnSum,
     ];
 
@@ -61,6 +62,7 @@ impl KernelFile {
             Self::SiluMul => source_file!("kernels/silu_mul.metal"),
             Self::CrossEntropy => source_file!("kernels/cross_entropy.metal"),
             Self::Lora => source_file!("kernels/lora.metal"),
+            Self::LoraGradient => source_file!("kernels/lora_gradient.metal"),
             Self::ColumnSum => source_file!("kernels/column_sum.metal"),
         }
     }
@@ -71,7 +73,7 @@ impl KernelFile {
         match self {
             Self::Softmax | Self::RmsNorm | Self::LayerNorm | Self::CrossEntropy => &[CHUNK, ROW],
             Self::Rope | Self::SiluMul => &[CHUNK],
-            Self::Lora => &[CHUNK, PHILOX],
+            Self::Lora | Self::LoraGradient => &[CHUNK, PHILOX],
             Self::ColumnSum => &[],
         }
     }

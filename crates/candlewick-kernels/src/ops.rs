@@ -1,0 +1,228 @@
+//! Every op of the crate, with sample plans: what the checks on the text run over, and what `wick kernels` prints.
+
+use crate::launch::{Element, Launch, Plan, PlanError, Storage};
+use crate::params::Tuning;
+use crate::{cross_entropy, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
+
+/// An op that has kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Op {
+    /// Its name in the public API.
+    pub name: &'static str,
+    samples: fn(Storage, &mut Samples) -> Result<(), PlanError>,
+}
+
+/// Collects sample plans, each for an aligned and for an unaligned buffer.
+#[derive(Debug, Default)]
+struct Samples(Vec<Plan>);
+
+impl Samples {
+    fn add(&mut self, plan: impl Fn(Tuning) -> Result<Plan, PlanError>) -> Result<(), PlanError> {
+        for aligned in [true, false] {
+            self.0.push(plan(Tuning { aligned, ..Tuning::default() })?);
+        }
+        Ok(())
+    }
+}
+
+/// Every op, in alphabetical order.
+#[must_use]
+pub const fn ops() -> &'static [Op] {
+    &[
+        Op { name: "cross_entropy", samples: cross_entropy_samples },
+        Op { name: "layer_norm", samples: layer_norm_samples },
+        Op { name: "lora_delta", samples: lora_delta_samples },
+        Op { name: "lora_linear", samples: lora_linear_samples },
+        Op { name: "rms_norm", samples: rms_norm_samples },
+        Op { name: "rope", samples: rope_samples },
+        Op { name: "silu_mul", samples: silu_mul_samples },
+        Op { name: "softmax", samples: softmax_samples },
+    ]
+}
+
+impl Op {
+    /// Plans that together use every entry point of the op and every path through its text.
+    pub fn sample_plans(&self, storage: Storage) -> Result<Vec<Plan>, PlanError> {
+        let mut samples = Samples::default();
+        (self.samples)(storage, &mut samples)?;
+        Ok(samples.0)
+    }
+
+    /// The launches of the sample plans whose texts differ, in order.
+    pub fn sample_launches(&self, storage: Storage) -> Result<Vec<Launch>, PlanError> {
+        let mut launches: Vec<Launch> = Vec::new();
+        for launch in self.sample_plans(storage)?.into_iter().flat_map(|plan| plan.launches) {
+            let same = |seen: &Launch| {
+                (seen.kernel, seen.file, seen.storage, &seen.defines)
+                    == (launch.kernel, launch.file, launch.storage, &launch.defines)
+            };
+            if !launches.iter().any(same) {
+                launches.push(launch);
+            }
+        }
+        Ok(launches)
+    }
+}
+
+/// Rows and columns that meet every row geometry: a simdgroup a row, a threadgroup a row, rows that are walked.
+const ROW_SHAPES: [(usize, usize); 4] = [(4096, 64), (4096, 4096), (64, 1024), (2, 131_072)];
+
+fn rms_norm_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for (rows, columns) in ROW_SHAPES {
+        for weight in [true, false] {
+            let op = rms_norm::RmsNorm { rows, columns, storage, weight, eps: 1e-6 };
+            samples.add(|tuning| op.forward(tuning))?;
+            for x in [true, false] {
+                let wanted = rms_norm::RmsNormGradients { x, weight };
+                samples.add(|tuning| op.backward(wanted, tuning))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn layer_norm_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for (rows, columns) in ROW_SHAPES {
+        for (weight, bias) in [(true, true), (true, false), (false, false)] {
+            let op = layer_norm::LayerNorm { rows, columns, storage, weight, bias, eps: 1e-5 };
+            samples.add(|tuning| op.forward(tuning))?;
+            for x in [true, false] {
+                let wanted = layer_norm::LayerNormGradients { x, weight, bias };
+                samples.add(|tuning| op.backward(wanted, tuning))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn softmax_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for (rows, columns) in ROW_SHAPES {
+        for causal_queries in [None, Some(2)] {
+            let op = softmax::Softmax { rows, columns, storage, scale: 0.125, causal_queries };
+            samples.add(|tuning| op.forward(tuning))?;
+            samples.add(|tuning| op.backward(tuning))?;
+        }
+    }
+    Ok(())
+}
+
+fn rope_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for interleaved in [true, false] {
+        for table in [Storage::F32, storage] {
+            let op = rope::Rope {
+                batch: 2,
+                heads: 4,
+                positions: 16,
+                columns: 64,
+                rotary: 32,
+                strides: rope::Rope::contiguous(4, 16, 64),
+                batched_table: false,
+                interleaved,
+                storage,
+                table,
+            };
+            samples.add(|tuning| op.forward(tuning))?;
+            samples.add(|tuning| op.backward(tuning))?;
+        }
+    }
+    Ok(())
+}
+
+fn silu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    let op = silu_mul::SiluMul { elements: 4099, storage };
+    samples.add(|tuning| op.forward(tuning))?;
+    samples.add(|tuning| op.backward(silu_mul::SiluMulGradients { gate: true, up: true }, tuning))
+}
+
+fn cross_entropy_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for (rows, columns) in ROW_SHAPES {
+        for targets in [Element::I64, Element::U32] {
+            let op =
+                cross_entropy::CrossEntropy { rows, columns, storage, targets, ignore_index: Some(-100) };
+            samples.add(|tuning| op.forward(tuning))?;
+            samples.add(|tuning| op.backward(tuning))?;
+        }
+    }
+    Ok(())
+}
+
+/// Both layouts of the factors, and factors wider than x.
+fn lora_sample(rows: usize, rank: usize, storage: Storage, adapter: Storage, peft: bool) -> lora::Lora {
+    let (inputs, outputs) = (512, 1024);
+    let by_rank = lora::FactorStrides::rank_major;
+    let by_column = lora::FactorStrides::column_major(rank);
+    lora::Lora {
+        rows,
+        inputs,
+        outputs,
+        rank,
+        storage,
+        adapter,
+        a: if peft { by_rank(inputs) } else { by_column },
+        b: if peft { by_column } else { by_rank(outputs) },
+        scaling: 2.0,
+        dropout: None,
+        base: false,
+    }
+}
+
+fn lora_delta_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    for (rows, rank) in [(1, 8), (64, 8), (64, 3), (2048, 16)] {
+        for peft in [true, false] {
+            for adapter in [Storage::F32, storage] {
+                let op = lora_sample(rows, rank, storage, adapter, peft);
+                samples.add(|tuning| op.forward(tuning))?;
+                let wanted = lora::LoraGradients { x: true, a: true, b: true };
+                samples.add(|tuning| op.backward(wanted, tuning))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn lora_linear_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    let dropout = lora::Dropout { p: 0.1, seed: 42 };
+    for dropout in [None, Some(dropout)] {
+        for rows in [1, 2048] {
+            let plain = lora_sample(rows, 8, storage, storage, true);
+            let op = lora::Lora { base: true, dropout, ..plain };
+            samples.add(|tuning| op.forward(tuning))?;
+            for x in [true, false] {
+                let wanted = lora::LoraGradients { x, a: true, b: true };
+                samples.add(|tuning| op.backward(wanted, tuning))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::Role;
+
+    #[test]
+    fn sample_plans_are_within_limits_and_write_every_output() {
+        for op in ops() {
+            for storage in Storage::ALL {
+                for plan in op.sample_plans(storage).unwrap() {
+                    plan.check().unwrap();
+                    for (index, buffer) in plan.buffers.iter().enumerate() {
+                        let used = plan.launches.iter().any(|launch| launch.arguments.contains(&index));
+                        assert!(
+                            used || buffer.role == Role::Input,
+                            "{}: nobody writes {}",
+                            op.name,
+                            buffer.name
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ops_are_in_order() {
+        assert!(ops().is_sorted_by_key(|op| op.name));
+    }
+}
