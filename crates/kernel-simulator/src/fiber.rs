@@ -17,7 +17,7 @@ const STACK_BYTES: usize = 64 << 10;
 /// A suspended fiber (or the scheduler): its stack pointer, below which its registers are saved.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Suspended(#[expect(dead_code, reason = "read by `switch`, in assembly")] *mut u8);
+pub(crate) struct Suspended(*mut u8);
 
 impl Suspended {
     /// A place to save into; switching to it is an error.

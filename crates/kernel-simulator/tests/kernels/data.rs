@@ -3,7 +3,7 @@
 use candlewick_kernels::{Element, Storage};
 use half::{bf16, f16};
 
-/// Values that a tensor of some storage type holds exactly.
+/// Values that some element type holds exactly, with their bytes.
 #[derive(Clone)]
 pub struct Tensor {
     pub values: Vec<f64>,
@@ -11,7 +11,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Rounds values to a storage type.
+    /// Rounds values to an element type.
     pub fn new(values: impl IntoIterator<Item = f64>, element: Element) -> Self {
         let bytes = encode(values, element);
         Self { values: decode(&bytes, element), bytes }
@@ -27,10 +27,15 @@ impl Tensor {
             state ^= state << 17;
             (state >> 11) as f64 / (1_u64 << 53) as f64
         };
+        // The first numbers of small seeds are small.
+        for _ in 0..8 {
+            let _ = next();
+        }
         Self::new((0..len).map(|_| (2.0 * next() - 1.0) * magnitude), storage.element())
     }
 }
 
+/// The bytes of values, each rounded to the nearest.
 pub fn encode(values: impl IntoIterator<Item = f64>, element: Element) -> Vec<u8> {
     let mut bytes = Vec::new();
     for value in values {
@@ -38,24 +43,26 @@ pub fn encode(values: impl IntoIterator<Item = f64>, element: Element) -> Vec<u8
             Element::F32 => bytes.extend((value as f32).to_ne_bytes()),
             Element::F16 => bytes.extend(f16::from_f64(value).to_ne_bytes()),
             Element::BF16 => bytes.extend(bf16::from_f64(value).to_ne_bytes()),
-            Element::U32 | Element::I64 => unreachable!("integers are not rounded"),
+            Element::U32 => bytes.extend((value as u32).to_ne_bytes()),
+            Element::I64 => bytes.extend((value as i64).to_ne_bytes()),
         }
     }
     bytes
 }
 
+/// The values of bytes.
 pub fn decode(bytes: &[u8], element: Element) -> Vec<f64> {
-    let chunks = bytes.chunks_exact(element.bytes());
     let value = |chunk: &[u8]| match element {
-        Element::F32 => f64::from(f32::from_ne_bytes(chunk.try_into().unwrap())),
+        Element::F32 => f32::from_ne_bytes(chunk.try_into().unwrap()).into(),
         Element::F16 => f16::from_ne_bytes(chunk.try_into().unwrap()).to_f64(),
         Element::BF16 => bf16::from_ne_bytes(chunk.try_into().unwrap()).to_f64(),
-        Element::U32 | Element::I64 => unreachable!("no kernel returns integers"),
+        Element::U32 => u32::from_ne_bytes(chunk.try_into().unwrap()).into(),
+        Element::I64 => i64::from_ne_bytes(chunk.try_into().unwrap()) as f64,
     };
-    chunks.map(value).collect()
+    bytes.chunks_exact(element.bytes()).map(value).collect()
 }
 
-/// Half the distance between 1 and the next value: the largest relative error of rounding.
+/// The largest relative error of rounding to an element type.
 pub fn roundoff(element: Element) -> f64 {
     match element {
         Element::F32 => 2_f64.powi(-24),

@@ -1,31 +1,44 @@
 //! Every op × storage × {forward, backward}, at sizes on both sides of every limit of the kernels.
 
+use crate::case::Size;
 use crate::cases::{ALL, Cases};
-use candlewick_kernels::Storage;
+use candlewick_kernels::{Storage, Tuning};
 use kernel_simulator::Simulator;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-/// Around one lane, one simdgroup, one threadgroup, the registers, and beyond them.
+/// Around one lane, one simdgroup, one threadgroup, what registers hold, and beyond.
 const COLUMNS: [usize; 11] = [1, 31, 32, 33, 255, 256, 257, 1000, 4096, 4097, 8192];
+
+/// Those sizes on a few rows, the longest first, and what they do not reach: many rows, rows that are walked, and
+/// buffers that are not aligned.
+fn sizes(storage: Storage) -> Vec<Size> {
+    let mut sizes: Vec<_> = COLUMNS.iter().rev().map(|&columns| Size::new(storage, 3, columns)).collect();
+    sizes.extend([33, 256].map(|columns| Size::new(storage, 260, columns)));
+    let small_groups = Tuning { max_threads: 64, ..Tuning::default() };
+    sizes.extend([4097, 8192].map(|columns| Size { tuning: small_groups, ..Size::new(storage, 2, columns) }));
+    let unaligned = Tuning { aligned: false, ..Tuning::default() };
+    sizes.extend([32, 1000].map(|columns| Size { tuning: unaligned, ..Size::new(storage, 3, columns) }));
+    sizes
+}
 
 #[test]
 fn every_op_is_clean_and_as_exact_as_it_must_be() {
     let start = Instant::now();
-    let simulator = Simulator::new().unwrap();
-    let mut jobs: Vec<(&str, Cases, Storage, usize)> = Vec::new();
-    // The longest first, so that the threads end together.
-    for columns in COLUMNS.into_iter().rev() {
-        for (op, cases) in ALL {
-            jobs.extend(Storage::ALL.map(|storage| (op, cases, storage, columns)));
-        }
+    let aligned = Simulator::new().unwrap();
+    let unaligned = Simulator::new().unwrap().with_alignment(4);
+    let mut jobs: Vec<(Cases, Size)> = Vec::new();
+    for (_, cases) in ALL {
+        jobs.extend(Storage::ALL.into_iter().flat_map(sizes).map(|size| (cases, size)));
     }
+    jobs.sort_by_key(|(_, size)| std::cmp::Reverse(size.elements()));
     let next = AtomicUsize::new(0);
     let work = || {
         let mut outcomes = Vec::new();
-        while let Some(&(_, cases, storage, columns)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            outcomes.extend(cases(storage, columns).iter().map(|case| case.check(&simulator)));
+        while let Some(&(cases, size)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let simulator = if size.tuning.aligned { &aligned } else { &unaligned };
+            outcomes.extend(cases(size).iter().map(|case| case.check(simulator)));
         }
         outcomes
     };
@@ -34,7 +47,8 @@ fn every_op_is_clean_and_as_exact_as_it_must_be() {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect()
     });
-    let faults: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
-    println!("{} cases of {} ops in {:.1} s", outcomes.len(), ALL.len(), start.elapsed().as_secs_f64());
-    assert!(faults.is_empty(), "{} cases fail:\n{}", faults.len(), faults.iter().map(|fault| format!("{fault}\n")).collect::<String>());
+    let faults: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err().cloned()).collect();
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{} cases of {} ops in {seconds:.1} s on {threads} threads", outcomes.len(), ALL.len());
+    assert!(faults.is_empty(), "{} cases fail:\n{}", faults.len(), faults.join("\n"));
 }

@@ -1,12 +1,26 @@
-//! Every op at one size, forward and backward. An oracle is the op's formula, in the simplest form.
+//! Every op at one size, forward and backward. An oracle is the op's formula in its simplest form.
 
-mod rms_norm;
+pub mod cross_entropy;
+pub mod layer_norm;
+pub mod lora;
+pub mod rms_norm;
+pub mod rope;
+pub mod silu_mul;
+pub mod softmax;
 
-use crate::case::Case;
-use candlewick_kernels::Storage;
+use crate::case::{Case, Size};
 
-/// An op's cases for a storage type and a number of columns, on few rows.
-pub type Cases = fn(Storage, usize) -> Vec<Case>;
+/// An op's cases at one size.
+pub type Cases = fn(Size) -> Vec<Case>;
 
 /// Every op.
-pub const ALL: [(&str, Cases); 1] = [("rms_norm", rms_norm::cases)];
+pub const ALL: [(&str, Cases); 8] = [
+    ("cross_entropy", cross_entropy::cases),
+    ("layer_norm", layer_norm::cases),
+    ("lora_delta", lora::delta_cases),
+    ("lora_linear", lora::linear_cases),
+    ("rms_norm", rms_norm::cases),
+    ("rope", rope::cases),
+    ("silu_mul", silu_mul::cases),
+    ("softmax", softmax::cases),
+];
