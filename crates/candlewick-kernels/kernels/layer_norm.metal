@@ -17,12 +17,7 @@ struct LayerNormParams {
     float eps;
 };
 
-struct Moments {
-    float mean;
-    float r;
-};
-
-DEVFN float mean_of(Team team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
     // Dividing before adding keeps the sum of a row of large values finite.
     const float share = 1.0f / float(columns);
     float sum = 0.0f;
@@ -35,7 +30,7 @@ DEVFN float mean_of(Team team, DEVICE const T* x_row, THREAD float* x, uint colu
     return row_sum(team, sum);
 }
 
-DEVFN float mean_square(Team team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean, float scale) {
+DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean, float scale) {
     float squares = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -49,7 +44,7 @@ DEVFN float mean_square(Team team, DEVICE const T* x_row, THREAD float* x, uint 
     return row_sum(team, squares) / float(columns);
 }
 
-DEVFN float largest_distance(Team team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean) {
+DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean) {
     float largest = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -60,20 +55,18 @@ DEVFN float largest_distance(Team team, DEVICE const T* x_row, THREAD float* x, 
     return row_max(team, largest);
 }
 
-// Loads the row into x (all of it where it is held) and takes its moments.
-DEVFN Moments moments_of(Team team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
-    Moments moments;
-    moments.mean = mean_of(team, x_row, x, columns);
-    const float square = mean_square(team, x_row, x, columns, moments.mean, 1.0f);
-    moments.r = 1.0f / precise::sqrt(square + eps);
-    if (square + eps >= 1e-28f && square <= 3e38f) return moments;
-    const float largest = largest_distance(team, x_row, x, columns, moments.mean);
+// Loads the row into x (all of it where it is held) and takes its mean; gives r.
+DEVFN float moments_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps,
+                       THREAD float& mean) {
+    mean = mean_of(team, x_row, x, columns);
+    const float square = mean_square(team, x_row, x, columns, mean, 1.0f);
+    if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
+    const float largest = largest_distance(team, x_row, x, columns, mean);
     // A row of equal values, and one that holds an infinity, have no better scale.
-    if (!(largest > 0.0f && largest < INFINITY)) return moments;
+    if (!(largest > 0.0f && largest < INFINITY)) return 1.0f / precise::sqrt(square + eps);
     const float scale = 1.0f / largest;
-    const float scaled = mean_square(team, x_row, x, columns, moments.mean, scale);
-    moments.r = scale / precise::sqrt(scaled + (eps * scale) * scale);
-    return moments;
+    const float scaled = mean_square(team, x_row, x, columns, mean, scale);
+    return scale / precise::sqrt(scaled + (eps * scale) * scale);
 }
 
 KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bias, DEVICE T* y,
@@ -86,13 +79,14 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
     DEVICE T* y_row = y + ulong(row) * p.columns;
 
     float values[HELD];
-    const Moments moments = moments_of(team, x_row, values, p.columns, p.eps);
+    float mean;
+    const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= p.columns) continue;
         THREAD float* chunk = values + held_at(k);
         if (LOOPED) load_chunk(x_row + column, chunk);
-        for (uint i = 0u; i < WIDTH; i++) chunk[i] = (chunk[i] - moments.mean) * moments.r;
+        for (uint i = 0u; i < WIDTH; i++) chunk[i] = (chunk[i] - mean) * r;
         if (WEIGHT) {
             float w[WIDTH];
             load_chunk(weight + column, w);
@@ -127,7 +121,8 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
         DEVICE const T* grad_row = grad + ulong(row) * p.columns;
         float values[HELD];
         float grads[HELD];
-        const Moments moments = moments_of(team, x_row, values, p.columns, p.eps);
+        float mean;
+        const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
 
         // x becomes x̂, g becomes g·w; the sums over rows take g on the way.
         float dot = 0.0f;
@@ -142,7 +137,7 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
             float w[WIDTH];
             if (WEIGHT) load_chunk(weight + column, w);
             for (uint i = 0u; i < WIDTH; i++) {
-                normal[i] = (normal[i] - moments.mean) * moments.r;
+                normal[i] = (normal[i] - mean) * r;
                 const float taken = g[i] * normal[i];
                 if (!LOOPED) {
                     weight_sums[held_at(k) + i] += taken;
@@ -169,11 +164,11 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
                 float w[WIDTH];
                 if (WEIGHT) load_chunk(weight + column, w);
                 for (uint i = 0u; i < WIDTH; i++) {
-                    normal[i] = (normal[i] - moments.mean) * moments.r;
+                    normal[i] = (normal[i] - mean) * r;
                     if (WEIGHT) g[i] *= w[i];
                 }
             }
-            for (uint i = 0u; i < WIDTH; i++) g[i] = moments.r * fma(-normal[i], mean_dot, g[i] - mean_grad);
+            for (uint i = 0u; i < WIDTH; i++) g[i] = r * fma(-normal[i], mean_dot, g[i] - mean_grad);
             store_chunk(grad_x + ulong(row) * p.columns + column, g);
         }
     }

@@ -36,7 +36,7 @@ struct LoraParams {
 #define DROP_OUTPUT (DROPOUT == 2)
 
 // WIDTH values of A of one rank, neighbours in the columns.
-DEVFN void load_a(DEVICE const ADAPTER* a, LoraParams p, uint rank, uint column, THREAD float* values) {
+DEVFN void load_a(DEVICE const ADAPTER* a, PARAM(LoraParams, p), uint rank, uint column, THREAD float* values) {
     DEVICE const ADAPTER* from = a + ulong(rank) * p.a_rank_stride + ulong(column) * p.a_column_stride;
 #if A_ALONG_COLUMNS
     load_chunk(from, values);
@@ -46,7 +46,7 @@ DEVFN void load_a(DEVICE const ADAPTER* a, LoraParams p, uint rank, uint column,
 }
 
 // S of this threadgroup's rows, [ROWS, RANK] at the start of `s`, which has room for one such array per slice.
-DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, LoraParams p, uint first_row, uint row_count,
+DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams, p), uint first_row, uint row_count,
                    THREADGROUP float* s, uint lane, uint simdgroup) {
     for (uint task = simdgroup; task < RANK_TILES * SLICES; task += SIMDGROUPS) {
         const uint first_rank = task % RANK_TILES * RANK_TILE, slice = task / RANK_TILES;
@@ -90,7 +90,7 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, LoraParams p, uin
 }
 
 // Adds S · B of WIDTH columns to `update`, [ROWS, WIDTH].
-DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, LoraParams p, uint column, THREAD float* update) {
+DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, PARAM(LoraParams, p), uint column, THREAD float* update) {
     DEVICE const ADAPTER* from = b + ulong(column) * p.b_column_stride;
     float w[WIDTH];
 #if B_ALONG_RANKS

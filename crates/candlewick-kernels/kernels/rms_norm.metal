@@ -23,7 +23,7 @@ struct RmsNormParams {
     float eps;
 };
 
-DEVFN float largest_magnitude(Team team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+DEVFN float largest_magnitude(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
     float largest = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -34,7 +34,7 @@ DEVFN float largest_magnitude(Team team, DEVICE const T* x_row, THREAD float* x,
     return row_max(team, largest);
 }
 
-DEVFN float mean_square(Team team, DEVICE const T* x_row, THREAD float* x, uint columns, float scale) {
+DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float scale) {
     float squares = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -49,7 +49,7 @@ DEVFN float mean_square(Team team, DEVICE const T* x_row, THREAD float* x, uint 
 }
 
 // r of a row; where the row is not LOOPED, x holds it.
-DEVFN float inverse_rms(Team team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
+DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
     const float square = mean_square(team, x_row, x, columns, 1.0f);
     if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
     const float largest = largest_magnitude(team, x_row, x, columns);
@@ -60,11 +60,13 @@ DEVFN float inverse_rms(Team team, DEVICE const T* x_row, THREAD float* x, uint 
     return scale / precise::sqrt(scaled + (eps * scale) * scale);
 }
 
-DEVFN void load_row(Team team, DEVICE const T* row, THREAD float* values, uint columns) {
-    if (LOOPED) return;
-    for (uint k = 0u; k < row_chunks(columns); k++) {
-        const uint column = chunk_column(team, k);
-        if (column < columns) load_chunk(row + column, values + held_at(k));
+// Loads a row that fits into registers; one that does not is loaded by every pass.
+DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
+    if (!LOOPED) {
+        for (uint k = 0u; k < row_chunks(columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column < columns) load_chunk(row + column, values + held_at(k));
+        }
     }
 }
 

@@ -12,15 +12,24 @@ pub struct Op {
     samples: fn(Storage, &mut Samples) -> Result<(), PlanError>,
 }
 
-/// Collects sample plans, each for an aligned and for an unaligned buffer.
+/// Collects sample plans.
 #[derive(Debug, Default)]
 struct Samples(Vec<Plan>);
 
 impl Samples {
+    /// A plan for aligned buffers and one for unaligned ones.
     fn add(&mut self, plan: impl Fn(Tuning) -> Result<Plan, PlanError>) -> Result<(), PlanError> {
-        for aligned in [true, false] {
-            self.0.push(plan(Tuning { aligned, ..Tuning::default() })?);
-        }
+        self.add_for(true, &plan)?;
+        self.add_for(false, &plan)
+    }
+
+    /// A plan for buffers that are aligned, or not.
+    fn add_for(
+        &mut self,
+        aligned: bool,
+        plan: impl Fn(Tuning) -> Result<Plan, PlanError>,
+    ) -> Result<(), PlanError> {
+        self.0.push(plan(Tuning { aligned, ..Tuning::default() })?);
         Ok(())
     }
 }
@@ -64,44 +73,50 @@ impl Op {
     }
 }
 
-/// Rows and columns that meet every row geometry: a simdgroup a row, a threadgroup a row, rows that are walked.
-const ROW_SHAPES: [(usize, usize); 4] = [(4096, 64), (4096, 4096), (64, 1024), (2, 131_072)];
+/// Rows, columns and alignment that meet every row geometry: a simdgroup a row, a threadgroup a row in one or in
+/// several chunks, rows that are walked.
+const ROW_SHAPES: [(usize, usize, bool); 4] =
+    [(4096, 64, true), (4096, 4096, false), (64, 1024, true), (2, 131_072, true)];
 
 fn rms_norm_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    for (rows, columns) in ROW_SHAPES {
-        for weight in [true, false] {
-            let op = rms_norm::RmsNorm { rows, columns, storage, weight, eps: 1e-6 };
-            samples.add(|tuning| op.forward(tuning))?;
-            for x in [true, false] {
-                let wanted = rms_norm::RmsNormGradients { x, weight };
-                samples.add(|tuning| op.backward(wanted, tuning))?;
-            }
-        }
+    let both = rms_norm::RmsNormGradients { x: true, weight: true };
+    for (rows, columns, aligned) in ROW_SHAPES {
+        let op = rms_norm::RmsNorm { rows, columns, storage, weight: true, eps: 1e-6 };
+        samples.add_for(aligned, |tuning| op.forward(tuning))?;
+        samples.add_for(aligned, |tuning| op.backward(both, tuning))?;
     }
-    Ok(())
+    let op = rms_norm::RmsNorm { rows: 64, columns: 1024, storage, weight: true, eps: 1e-6 };
+    samples.add(|tuning| op.backward(rms_norm::RmsNormGradients { x: false, ..both }, tuning))?;
+    samples.add(|tuning| op.backward(rms_norm::RmsNormGradients { weight: false, ..both }, tuning))?;
+    let plain = rms_norm::RmsNorm { weight: false, ..op };
+    samples.add(|tuning| plain.forward(tuning))?;
+    samples.add(|tuning| plain.backward(both, tuning))
 }
 
 fn layer_norm_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    for (rows, columns) in ROW_SHAPES {
-        for (weight, bias) in [(true, true), (true, false), (false, false)] {
-            let op = layer_norm::LayerNorm { rows, columns, storage, weight, bias, eps: 1e-5 };
-            samples.add(|tuning| op.forward(tuning))?;
-            for x in [true, false] {
-                let wanted = layer_norm::LayerNormGradients { x, weight, bias };
-                samples.add(|tuning| op.backward(wanted, tuning))?;
-            }
-        }
+    let all = layer_norm::LayerNormGradients { x: true, weight: true, bias: true };
+    for (rows, columns, aligned) in ROW_SHAPES {
+        let op = layer_norm::LayerNorm { rows, columns, storage, weight: true, bias: true, eps: 1e-5 };
+        samples.add_for(aligned, |tuning| op.forward(tuning))?;
+        samples.add_for(aligned, |tuning| op.backward(all, tuning))?;
+    }
+    for (weight, bias) in [(true, false), (false, false)] {
+        let op = layer_norm::LayerNorm { rows: 64, columns: 1024, storage, weight, bias, eps: 1e-5 };
+        samples.add(|tuning| op.forward(tuning))?;
+        samples.add(|tuning| op.backward(all, tuning))?;
+        samples.add(|tuning| op.backward(layer_norm::LayerNormGradients { x: false, ..all }, tuning))?;
     }
     Ok(())
 }
 
 fn softmax_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    for (rows, columns) in ROW_SHAPES {
+    for (rows, columns, aligned) in ROW_SHAPES {
         for causal_queries in [None, Some(2)] {
             let op = softmax::Softmax { rows, columns, storage, scale: 0.125, causal_queries };
-            samples.add(|tuning| op.forward(tuning))?;
-            samples.add(|tuning| op.backward(tuning))?;
+            samples.add_for(aligned, |tuning| op.forward(tuning))?;
         }
+        let op = softmax::Softmax { rows, columns, storage, scale: 0.125, causal_queries: None };
+        samples.add_for(aligned, |tuning| op.backward(tuning))?;
     }
     Ok(())
 }
@@ -135,12 +150,12 @@ fn silu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanE
 }
 
 fn cross_entropy_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    for (rows, columns) in ROW_SHAPES {
-        for targets in [Element::I64, Element::U32] {
+    for (targets, shapes) in [(Element::I64, &ROW_SHAPES[..]), (Element::U32, &ROW_SHAPES[..1])] {
+        for &(rows, columns, aligned) in shapes {
             let op =
                 cross_entropy::CrossEntropy { rows, columns, storage, targets, ignore_index: Some(-100) };
-            samples.add(|tuning| op.forward(tuning))?;
-            samples.add(|tuning| op.backward(tuning))?;
+            samples.add_for(aligned, |tuning| op.forward(tuning))?;
+            samples.add_for(aligned, |tuning| op.backward(tuning))?;
         }
     }
     Ok(())
@@ -167,15 +182,15 @@ fn lora_sample(rows: usize, rank: usize, storage: Storage, adapter: Storage, pef
 }
 
 fn lora_delta_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    for (rows, rank) in [(1, 8), (64, 8), (64, 3), (2048, 16)] {
-        for peft in [true, false] {
-            for adapter in [Storage::F32, storage] {
-                let op = lora_sample(rows, rank, storage, adapter, peft);
-                samples.add(|tuning| op.forward(tuning))?;
-                let wanted = lora::LoraGradients { x: true, a: true, b: true };
-                samples.add(|tuning| op.backward(wanted, tuning))?;
-            }
+    let wanted = lora::LoraGradients { x: true, a: true, b: true };
+    for peft in [true, false] {
+        for (rows, rank, adapter) in [(1, 8, storage), (64, 3, storage), (2048, 16, Storage::F32)] {
+            let op = lora_sample(rows, rank, storage, adapter, peft);
+            samples.add_for(true, |tuning| op.forward(tuning))?;
+            samples.add_for(true, |tuning| op.backward(wanted, tuning))?;
         }
+        let op = lora_sample(300, 8, storage, storage, peft);
+        samples.add_for(false, |tuning| op.backward(wanted, tuning))?;
     }
     Ok(())
 }
@@ -186,11 +201,9 @@ fn lora_linear_samples(storage: Storage, samples: &mut Samples) -> Result<(), Pl
         for rows in [1, 2048] {
             let plain = lora_sample(rows, 8, storage, storage, true);
             let op = lora::Lora { base: true, dropout, ..plain };
-            samples.add(|tuning| op.forward(tuning))?;
-            for x in [true, false] {
-                let wanted = lora::LoraGradients { x, a: true, b: true };
-                samples.add(|tuning| op.backward(wanted, tuning))?;
-            }
+            let wanted = lora::LoraGradients { x: true, a: true, b: true };
+            samples.add_for(rows == 1, |tuning| op.forward(tuning))?;
+            samples.add_for(rows == 1, |tuning| op.backward(wanted, tuning))?;
         }
     }
     Ok(())

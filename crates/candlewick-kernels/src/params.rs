@@ -40,16 +40,6 @@ pub(crate) fn shape(
     PlanError::Shape { op, what, expected: expected.to_string(), got: got.to_string() }
 }
 
-/// Checks that `got` is `expected`.
-pub(crate) fn require(
-    op: &'static str,
-    what: &'static str,
-    expected: usize,
-    got: usize,
-) -> Result<(), PlanError> {
-    if expected == got { Ok(()) } else { Err(shape(op, what, expected, got)) }
-}
-
 /// The product of sizes, where it fits.
 pub(crate) fn product(op: &'static str, what: &'static str, sizes: &[usize]) -> Result<usize, PlanError> {
     sizes

@@ -5,11 +5,8 @@
 // tensor takes word e % 4 of the block with counter (e / 4 low, e / 4 high, 0, 0) and key (seed low, seed high),
 // and is kept where that word is at least round(p · 2³²).
 
-struct PhiloxBlock {
-    uint word[4];
-};
-
-DEVFN PhiloxBlock philox(ulong block, uint key_low, uint key_high) {
+// The four words of a block.
+DEVFN void philox(ulong block, uint key_low, uint key_high, THREAD uint* words) {
     uint c0 = uint(block), c1 = uint(block >> 32), c2 = 0u, c3 = 0u;
     for (uint round = 0u; round < 10u; round++) {
         const uint high0 = mulhi(0xd2511f53u, c0), low0 = 0xd2511f53u * c0;
@@ -21,12 +18,10 @@ DEVFN PhiloxBlock philox(ulong block, uint key_low, uint key_high) {
         key_low += 0x9e3779b9u;
         key_high += 0xbb67ae85u;
     }
-    PhiloxBlock random;
-    random.word[0] = c0;
-    random.word[1] = c1;
-    random.word[2] = c2;
-    random.word[3] = c3;
-    return random;
+    words[0] = c0;
+    words[1] = c1;
+    words[2] = c2;
+    words[3] = c3;
 }
 
 struct DropoutParams {
@@ -37,11 +32,11 @@ struct DropoutParams {
 };
 
 // Applies dropout to the chunk that starts at `element`. A chunk wider than 1 starts at a multiple of 4.
-DEVFN void dropout_chunk(DropoutParams dropout, ulong element, THREAD float* values) {
-    PhiloxBlock random = philox(element / 4u, dropout.seed_low, dropout.seed_high);
+DEVFN void dropout_chunk(PARAM(DropoutParams, dropout), ulong element, THREAD float* values) {
+    uint words[4];
     for (uint i = 0u; i < WIDTH; i++) {
-        if (i == 4u) random = philox(element / 4u + 1u, dropout.seed_low, dropout.seed_high);
-        const bool kept = random.word[(uint(element) + i) % 4u] >= dropout.threshold;
+        if (i % 4u == 0u) philox((element + i) / 4u, dropout.seed_low, dropout.seed_high, words);
+        const bool kept = words[(uint(element) + i) % 4u] >= dropout.threshold;
         values[i] = kept ? values[i] * dropout.scale : 0.0f;
     }
 }

@@ -24,7 +24,7 @@ struct Team {
 };
 
 // The number of this thread's team among all teams of the grid.
-DEVFN uint team_index(Team team, uint threadgroup_index, uint simdgroups) {
+DEVFN uint team_index(THREAD const Team& team, uint threadgroup_index, uint simdgroups) {
     return (threadgroup_index * simdgroups + team.simdgroup) / uint(ROW_SIMDGROUPS);
 }
 
@@ -36,7 +36,7 @@ DEVFN uint row_chunks(uint columns) {
 #endif
 }
 
-DEVFN uint chunk_column(Team team, uint k) {
+DEVFN uint chunk_column(THREAD const Team& team, uint k) {
     const uint thread_in_team = (team.simdgroup % uint(ROW_SIMDGROUPS)) * SIMDGROUP_SIZE + team.lane;
     return (k * ROW_THREADS + thread_in_team) * WIDTH;
 }
@@ -52,7 +52,7 @@ DEVFN uint held_at(uint k) {
 
 // The sum of v over the team, the same bits in every thread: each simdgroup sums its own values, then every
 // simdgroup sums the sums, in the same order. The second barrier lets the scratch be used again.
-DEVFN float row_sum(Team team, float v) {
+DEVFN float row_sum(THREAD const Team& team, float v) {
     v = simd_sum(v);
 #if ROW_SIMDGROUPS > 1
     if (team.lane == 0u) team.scratch[team.simdgroup] = v;
@@ -64,7 +64,7 @@ DEVFN float row_sum(Team team, float v) {
 }
 
 // The largest v of the team. A NaN may be ignored here: it must show in a sum.
-DEVFN float row_max(Team team, float v) {
+DEVFN float row_max(THREAD const Team& team, float v) {
     v = simd_max(v);
 #if ROW_SIMDGROUPS > 1
     if (team.lane == 0u) team.scratch[team.simdgroup] = v;

@@ -16,7 +16,7 @@ typedef unsigned long long ulong;
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
 #define PARAM(Struct, name) const Struct name
 #define TG_ARRAY(Type, name, count) __shared__ Type name[count]
-#define INT64 long long
+typedef long long INT64;
 #define SIMDGROUP_SIZE 32u
 #define INFINITY __int_as_float(0x7f800000)
 

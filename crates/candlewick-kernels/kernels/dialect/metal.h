@@ -18,7 +18,7 @@ using namespace metal;
     uint SIMD_ID [[simdgroup_index_in_threadgroup]], uint N_SIMD [[simdgroups_per_threadgroup]])
 #define PARAM(Struct, name) constant Struct& name
 #define TG_ARRAY(Type, name, count) threadgroup Type name[count]
-#define INT64 long
+typedef long INT64;
 #define SIMDGROUP_SIZE 32u
 
 // ---- storage types: memory holds them, arithmetic is in float ----
@@ -28,11 +28,25 @@ DEVFN float to_f32(bfloat v) { return float(v); }
 template <typename U> DEVFN U from_f32(float v) { return U(v); }
 
 // Two 16-bit values in one word, the lower address in the lower half.
-DEVFN float2 unpack2(uint word, half) { return float2(as_type<half2>(word)); }
-DEVFN float2 unpack2(uint word, bfloat) {
-    return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
+DEVFN float2 unpack2(uint word, half) {
+    const half2 stored = as_type<half2>(word);
+    float2 pair;
+    pair.x = float(stored.x);
+    pair.y = float(stored.y);
+    return pair;
 }
-DEVFN uint pack2(float low, float high, half) { return as_type<uint>(half2(half(low), half(high))); }
+DEVFN float2 unpack2(uint word, bfloat) {
+    float2 pair;
+    pair.x = as_type<float>(word << 16);
+    pair.y = as_type<float>(word & 0xffff0000u);
+    return pair;
+}
+DEVFN uint pack2(float low, float high, half) {
+    half2 stored;
+    stored.x = half(low);
+    stored.y = half(high);
+    return as_type<uint>(stored);
+}
 DEVFN uint pack2(float low, float high, bfloat) {
     return uint(as_type<ushort>(bfloat(low))) | (uint(as_type<ushort>(bfloat(high))) << 16);
 }

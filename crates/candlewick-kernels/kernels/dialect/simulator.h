@@ -72,7 +72,7 @@ struct alignas(16) uint4 { uint x, y, z, w; };
 #define TG_ARRAY(Type, name, count)                                              \
     Type(&name)[count] = *static_cast<Type(*)[count]>(simulator_threadgroup_array( \
         sizeof(Type) * (count), alignof(Type), #name, __FILE__, __LINE__))
-#define INT64 long long
+typedef long long INT64;
 #define SIMDGROUP_SIZE 32u
 
 namespace simulator {
