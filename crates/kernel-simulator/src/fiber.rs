@@ -32,10 +32,7 @@ pub(crate) struct Stacks {
 
 impl Stacks {
     pub(crate) fn new(count: usize) -> Self {
-        Self {
-            memory: Pages::new(count * STACK_BYTES),
-            count,
-        }
+        Self { memory: Pages::new(count * STACK_BYTES), count }
     }
 
     /// The addresses of one stack.
@@ -142,7 +139,9 @@ pub(crate) unsafe extern "C" fn switch(save: *mut Suspended, to: Suspended) {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-compile_error!("kernel-simulator switches stacks on x86_64 and aarch64; add the switch for this architecture");
+compile_error!(
+    "kernel-simulator switches stacks on x86_64 and aarch64; add the switch for this architecture"
+);
 
 #[cfg(test)]
 mod tests {

@@ -138,4 +138,3 @@ unsafe extern "C" fn undefined(out_of_bounds: bool, what: *const c_char, caller:
         with(|machine| machine.report(Finding::new(Kind::Undefined, what), caller));
     }
 }
-

@@ -65,6 +65,7 @@ pub use run::Run;
 use candlewick_kernels::{Launch, Plan, Target};
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 use toolchain::Toolchain;
 
 /// Why a plan could not be run at all.
@@ -109,11 +110,13 @@ pub enum Error {
     },
 }
 
-/// Runs plans. Compiles each kernel once, whatever the number of runs and of threads that ask.
+/// Runs plans. Compiles each kernel once, whatever the number of runs, of threads that ask, and of clones.
+#[derive(Clone)]
 pub struct Simulator {
-    toolchain: Toolchain,
+    toolchain: Arc<Toolchain>,
     seed: u64,
     alignment: usize,
+    step_limit: u64,
 }
 
 impl Simulator {
@@ -131,7 +134,7 @@ impl Simulator {
     /// # Errors
     /// If there is no C++ compiler or the folder cannot be made.
     pub fn with_cache(folder: PathBuf) -> Result<Self, Error> {
-        Ok(Self { toolchain: Toolchain::new(folder)?, seed: 1, alignment: 16 })
+        Ok(Self { toolchain: Arc::new(Toolchain::new(folder)?), seed: 1, alignment: 16, step_limit: 1 << 30 })
     }
 
     /// Draws another order of the threads. The results of a correct kernel are the same for every seed.
@@ -151,6 +154,12 @@ impl Simulator {
         Self { alignment: bytes, ..self }
     }
 
+    /// Takes a launch for endless after this many accesses to shared memory. Otherwise that is 2³⁰.
+    #[must_use]
+    pub fn with_step_limit(self, accesses: u64) -> Self {
+        Self { step_limit: accesses, ..self }
+    }
+
     /// Runs a plan on the bytes of its inputs, in the order of its buffers.
     ///
     /// # Errors
@@ -164,7 +173,12 @@ impl Simulator {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    pub fn run_text(&self, plan: &Plan, inputs: &[&[u8]], text: &dyn Fn(&Launch) -> String) -> Result<Run, Error> {
+    pub fn run_text(
+        &self,
+        plan: &Plan,
+        inputs: &[&[u8]],
+        text: &dyn Fn(&Launch) -> String,
+    ) -> Result<Run, Error> {
         run::run(self, plan, inputs, text)
     }
 }

@@ -15,10 +15,6 @@ use crate::threadgroup::{Next, Threadgroup};
 use candlewick_kernels::launch::SIMDGROUP_SIZE;
 use std::ops::Range;
 
-/// Accesses to shared memory after which a launch is taken for endless: a hundred times those of the largest
-/// sensible test.
-const MOST_STEPS: u64 = 1 << 30;
-
 /// Whether the running thread may go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[must_use]
@@ -87,12 +83,14 @@ pub(crate) struct Machine {
     scheduler: Suspended,
     /// The stack of the thread that runs.
     private: Range<usize>,
+    /// Accesses to shared memory so far, and those after which the launch is taken for endless.
     steps: u64,
+    step_limit: u64,
 }
 
 impl Machine {
     /// A machine for launches of at most `threads` threads to a threadgroup.
-    pub(crate) fn new(device: DeviceMemory, threads: u32, seed: u64) -> Self {
+    pub(crate) fn new(device: DeviceMemory, threads: u32, seed: u64, step_limit: u64) -> Self {
         Self {
             device,
             findings: Findings::default(),
@@ -105,6 +103,7 @@ impl Machine {
             scheduler: Suspended::NOWHERE,
             private: 0..0,
             steps: 0,
+            step_limit,
         }
     }
 
@@ -175,8 +174,8 @@ impl Machine {
             return Flow::Continue;
         }
         self.steps += 1;
-        if self.steps > MOST_STEPS {
-            let detail = format!("still running after {MOST_STEPS} memory accesses");
+        if self.steps > self.step_limit {
+            let detail = format!("still running after {} memory accesses", self.step_limit);
             return self.stop(Finding::new(Kind::Endless, detail), access.caller);
         }
         let thread = self.threadgroup.current().thread;
@@ -310,7 +309,8 @@ fn explain(fault: Fault, access: Access, now: Stamp) -> Finding {
         );
         Finding::new(Kind::Race, detail)
     } else {
-        let detail = format!("{} that another threadgroup {did} (its thread {})", access.describe(), other.thread);
+        let detail =
+            format!("{} that another threadgroup {did} (its thread {})", access.describe(), other.thread);
         Finding::new(Kind::GridRace, detail)
     }
 }
@@ -319,4 +319,3 @@ fn explain(fault: Fault, access: Access, now: Stamp) -> Finding {
 fn distance(offset: usize) -> i64 {
     i64::try_from(offset).unwrap_or(i64::MAX)
 }
-

@@ -124,9 +124,7 @@ impl DeviceMemory {
     /// The buffer nearest to `address`, if that is any buffer's.
     pub(crate) fn nearest(&self, address: usize) -> Option<&Region> {
         self.pages.addresses().contains(&address).then_some(())?;
-        self.regions
-            .iter()
-            .min_by_key(|region| region.distance(address))
+        self.regions.iter().min_by_key(|region| region.distance(address))
     }
 }
 
@@ -147,20 +145,16 @@ pub(crate) struct ThreadgroupMemory {
 
 impl ThreadgroupMemory {
     pub(crate) fn new() -> Self {
-        Self {
-            pages: Pages::new(MAX_ARRAYS * ARRAY_STRIDE),
-            arrays: Vec::new(),
-        }
+        Self { pages: Pages::new(MAX_ARRAYS * ARRAY_STRIDE), arrays: Vec::new() }
     }
 
     pub(crate) fn clear(&mut self) {
         self.arrays.clear();
     }
 
-    /// Bytes of all arrays declared so far, each as a multiple of 16.
+    /// Bytes of all arrays declared so far.
     pub(crate) fn bytes(&self) -> usize {
-        let size = |array: &Region| array.addresses.len().next_multiple_of(16);
-        self.arrays.iter().map(size).sum()
+        self.arrays.iter().map(|array| array.addresses.len()).sum()
     }
 
     /// The array that is the `order`-th one a thread declares: made for the first thread to come, found again
@@ -207,9 +201,7 @@ impl ThreadgroupMemory {
 
     /// The array nearest to `address`.
     pub(crate) fn nearest(&self, address: usize) -> Option<&Region> {
-        self.arrays
-            .iter()
-            .min_by_key(|array| array.distance(address))
+        self.arrays.iter().min_by_key(|array| array.distance(address))
     }
 }
 
@@ -221,10 +213,7 @@ mod tests {
     fn buffers_are_aligned_as_asked_and_no_better() {
         for alignment in [4, 16, 256] {
             let given = [7; 100];
-            let buffers = [
-                ("x", Contents::Given(&given)),
-                ("y", Contents::Nothing(33)),
-            ];
+            let buffers = [("x", Contents::Given(&given)), ("y", Contents::Nothing(33))];
             let memory = DeviceMemory::new(&buffers, alignment);
             for buffer in 0..2 {
                 assert_eq!(memory.address(buffer) % (2 * alignment), alignment);
@@ -250,13 +239,7 @@ mod tests {
         let mut memory = ThreadgroupMemory::new();
         let first = memory.declare(0, "a", 64);
         assert_eq!(first, memory.declare(0, "a", 64));
-        assert!(matches!(
-            memory.declare(0, "a", 60),
-            Err(DeclarationError::Differs(_))
-        ));
-        assert_eq!(
-            memory.declare(1, "b", 32 << 10),
-            Err(DeclarationError::TooLarge(64 + (32 << 10)))
-        );
+        assert!(matches!(memory.declare(0, "a", 60), Err(DeclarationError::Differs(_))));
+        assert_eq!(memory.declare(1, "b", 32 << 10), Err(DeclarationError::TooLarge(64 + (32 << 10))));
     }
 }

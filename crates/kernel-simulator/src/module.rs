@@ -27,7 +27,8 @@ impl Kernel {
     /// What the launch gives it that is not what it takes.
     pub(crate) fn disagreements(&self, launch: &Launch) -> Vec<String> {
         let compare = |what: &str, takes: u32, given: usize| {
-            (index(takes) != given).then(|| format!("the kernel takes {takes} {what}, and the launch gives {given}"))
+            (index(takes) != given)
+                .then(|| format!("the kernel takes {takes} {what}, and the launch gives {given}"))
         };
         let buffers = compare("buffers", self.buffers, launch.arguments.len());
         let params = compare("bytes of parameters", self.param_bytes, launch.params.len());
@@ -80,10 +81,7 @@ impl Module {
         let addresses: Vec<usize> = stacks.iter().flat_map(|stack| stack.iter().copied()).collect();
         let mut lines = self.lines(&addresses).unwrap_or_default().into_iter();
         let site = |line: Option<Site>| line.filter(|site| site.file != DIALECT);
-        stacks
-            .iter()
-            .map(|stack| lines.by_ref().take(stack.len()).filter_map(site).collect())
-            .collect()
+        stacks.iter().map(|stack| lines.by_ref().take(stack.len()).filter_map(site).collect()).collect()
     }
 
     /// The line of each address, which is one that a call returns to.

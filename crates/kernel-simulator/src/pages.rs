@@ -47,9 +47,7 @@ impl Pages {
     fn offset(&self, addresses: &Range<usize>) -> usize {
         let all = self.addresses();
         assert!(
-            all.start <= addresses.start
-                && addresses.start <= addresses.end
-                && addresses.end <= all.end,
+            all.start <= addresses.start && addresses.start <= addresses.end && addresses.end <= all.end,
             "{addresses:x?} is not in {all:x?}"
         );
         addresses.start - all.start

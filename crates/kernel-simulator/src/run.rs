@@ -46,7 +46,7 @@ pub(crate) fn run(
         modules.push(module.map_err(|log| Error::Compile { kernel: launch.kernel, log })?);
     }
     let threads = plan.launches.iter().map(|launch| launch.threads).max().unwrap_or(0);
-    let mut machine = Machine::new(device, threads.min(MAX_THREADS), simulator.seed);
+    let mut machine = Machine::new(device, threads.min(MAX_THREADS), simulator.seed, simulator.step_limit);
     let mut reports = Vec::new();
     for (launch, module) in plan.launches.iter().zip(&modules) {
         let (after, findings) = run_launch(machine, plan, launch, module)?;

@@ -68,19 +68,13 @@ impl Readers {
                 Self::Grid(one)
             }
             // Readers before the barrier are ordered before every later write of this threadgroup.
-            Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one)
-                if one.epoch != now.epoch =>
-            {
+            Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one) if one.epoch != now.epoch => {
                 Self::Thread(now)
             }
             Self::Threadgroup(_) => self,
-            Self::Thread(one) | Self::Simdgroup(one) if !one.same_simdgroup(now) => {
-                Self::Threadgroup(one)
-            }
+            Self::Thread(one) | Self::Simdgroup(one) if !one.same_simdgroup(now) => Self::Threadgroup(one),
             // Whoever is unordered with a reader before the simdgroup's barrier is so with this one too.
-            Self::Thread(one) | Self::Simdgroup(one) if one.simd_epoch != now.simd_epoch => {
-                Self::Thread(now)
-            }
+            Self::Thread(one) | Self::Simdgroup(one) if one.simd_epoch != now.simd_epoch => Self::Thread(now),
             Self::Thread(one) if one.thread == now.thread => self,
             Self::Thread(one) | Self::Simdgroup(one) => Self::Simdgroup(one),
         }
@@ -145,10 +139,7 @@ pub(crate) struct Shadow {
 impl Shadow {
     pub(crate) fn new(bytes: usize, initialised: bool) -> Self {
         let cells = bytes.div_ceil(CELL_BYTES);
-        Self {
-            initialised: vec![initialised; cells],
-            cells: vec![Cell::default(); cells],
-        }
+        Self { initialised: vec![initialised; cells], cells: vec![Cell::default(); cells] }
     }
 
     /// Forgets who touched what, and keeps what holds a value: the next launch sees everything that this one
@@ -158,12 +149,7 @@ impl Shadow {
     }
 
     /// Notes a read of `bytes` at `offset`; the first fault found with its offset.
-    pub(crate) fn read(
-        &mut self,
-        offset: usize,
-        bytes: usize,
-        now: Stamp,
-    ) -> Result<(), (usize, Fault)> {
+    pub(crate) fn read(&mut self, offset: usize, bytes: usize, now: Stamp) -> Result<(), (usize, Fault)> {
         let mut fault = Ok(());
         for index in offset / CELL_BYTES..(offset + bytes).div_ceil(CELL_BYTES) {
             let found = if !self.initialised[index] {
@@ -183,25 +169,14 @@ impl Shadow {
     }
 
     /// Notes a write of `bytes` at `offset`; the first fault found with its offset.
-    pub(crate) fn write(
-        &mut self,
-        offset: usize,
-        bytes: usize,
-        now: Stamp,
-    ) -> Result<(), (usize, Fault)> {
+    pub(crate) fn write(&mut self, offset: usize, bytes: usize, now: Stamp) -> Result<(), (usize, Fault)> {
         let mut fault = Ok(());
         for index in offset / CELL_BYTES..(offset + bytes).div_ceil(CELL_BYTES) {
             let cell = &mut self.cells[index];
-            let written = cell
-                .writer
-                .filter(|writer| !writer.before(now))
-                .map(Conflict::Write);
+            let written = cell.writer.filter(|writer| !writer.before(now)).map(Conflict::Write);
             let found = written.or_else(|| cell.readers.unordered(now).map(Conflict::Read));
             // Later accesses that are ordered after this write are ordered after all before it.
-            *cell = Cell {
-                writer: Some(now),
-                readers: Readers::Nobody,
-            };
+            *cell = Cell { writer: Some(now), readers: Readers::Nobody };
             self.initialised[index] = true;
             if let (Ok(()), Some(found)) = (&fault, found) {
                 fault = Err((index * CELL_BYTES, Fault::Race(found)));
@@ -223,19 +198,11 @@ mod tests {
     use super::*;
 
     fn at(thread: u32, epoch: u32, simd_epoch: u32) -> Stamp {
-        Stamp {
-            threadgroup: 0,
-            thread,
-            epoch,
-            simd_epoch,
-        }
+        Stamp { threadgroup: 0, thread, epoch, simd_epoch }
     }
 
     fn other_group(thread: u32) -> Stamp {
-        Stamp {
-            threadgroup: 1,
-            ..at(thread, 0, 0)
-        }
+        Stamp { threadgroup: 1, ..at(thread, 0, 0) }
     }
 
     fn full() -> Shadow {
@@ -253,10 +220,7 @@ mod tests {
     fn a_read_before_any_write_is_uninitialised() {
         let mut shadow = Shadow::new(8, false);
         assert_eq!(shadow.write(0, 4, at(0, 0, 0)), Ok(()));
-        assert_eq!(
-            shadow.read(2, 4, at(0, 0, 0)),
-            Err((4, Fault::Uninitialised))
-        );
+        assert_eq!(shadow.read(2, 4, at(0, 0, 0)), Err((4, Fault::Uninitialised)));
         assert_eq!(shadow.unwritten(), Some((4, 4)));
     }
 
@@ -265,10 +229,7 @@ mod tests {
         let (writer, same, later) = (at(0, 3, 0), at(40, 3, 0), at(40, 4, 0));
         let mut shadow = full();
         assert_eq!(shadow.write(0, 4, writer), Ok(()));
-        assert_eq!(
-            race(shadow.read(0, 4, same)),
-            Some(Conflict::Write(writer))
-        );
+        assert_eq!(race(shadow.read(0, 4, same)), Some(Conflict::Write(writer)));
         assert_eq!(shadow.read(0, 4, later), Ok(()));
     }
 

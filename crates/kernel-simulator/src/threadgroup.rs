@@ -3,9 +3,9 @@
 use crate::fiber::Suspended;
 use crate::findings::Finding;
 use crate::memory::ThreadgroupMemory;
+use crate::narrow;
 use crate::random::Random;
 use crate::report::{Kind, Thread};
-use crate::narrow;
 use candlewick_kernels::launch::SIMDGROUP_SIZE;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
@@ -117,11 +117,7 @@ impl Threadgroup {
     }
 
     /// Begins a threadgroup: fresh threadgroup memory, and every thread before its first instruction.
-    pub(crate) fn begin(
-        &mut self,
-        position: [u32; 3],
-        threads: impl Iterator<Item = Suspended>,
-    ) {
+    pub(crate) fn begin(&mut self, position: [u32; 3], threads: impl Iterator<Item = Suspended>) {
         self.position = position;
         self.number += 1;
         self.epochs = Epochs::default();
@@ -247,10 +243,13 @@ impl Threadgroup {
             *places.entry(fiber.status.describe()).or_default() += 1;
         }
         let places: Vec<_> = places.iter().map(|(place, count)| format!("{count} {place}")).collect();
-        let simd = fibers.iter().find(|fiber| matches!(fiber.status, Status::Waiting(Meeting { what: What::Simd(_), .. }, _)));
+        let simd = fibers
+            .iter()
+            .find(|fiber| matches!(fiber.status, Status::Waiting(Meeting { what: What::Simd(_), .. }, _)));
         let kind = if simd.is_some() { Kind::DivergentSimd } else { Kind::DivergentBarrier };
         let waiting = fibers.iter().find(|fiber| matches!(fiber.status, Status::Waiting(..)));
-        let stack = waiting.map_or(Vec::new(), |fiber| fiber.calls.iter().rev().map(|&(caller, _)| caller).collect());
+        let stack =
+            waiting.map_or(Vec::new(), |fiber| fiber.calls.iter().rev().map(|&(caller, _)| caller).collect());
         let detail = format!("threads {whose}: {}", places.join(", "));
         let thread = Thread { threadgroup: self.position, thread: 0 };
         Finding { thread: None, ..Finding::new(kind, detail).at(stack, thread) }

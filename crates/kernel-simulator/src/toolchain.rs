@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The kernel's side of the simulator.
@@ -99,7 +100,7 @@ impl Toolchain {
 
     fn build(&self, key: Key, text: &str, image: &Path) -> Result<(), String> {
         let hooks = self.hooks.get_or_init(|| self.build_hooks()).clone()?;
-        let source = self.cache.join(format!("{key}.cpp"));
+        let source = self.temporary(key, "cpp");
         fs::write(&source, text).map_err(|error| format!("{}: {error}", source.display()))?;
         let object = self.temporary(key, "o");
         let mut compile = Command::new(&self.program);
@@ -135,9 +136,11 @@ impl Toolchain {
         Ok(object)
     }
 
-    /// A path in the cache that no other process writes.
+    /// A path in the cache that nobody else writes, in this process or another.
     fn temporary(&self, key: Key, extension: &str) -> PathBuf {
-        self.cache.join(format!("{key}.{}.{extension}", std::process::id()))
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        self.cache.join(format!("{key}.{}-{count}.{extension}", std::process::id()))
     }
 }
 

@@ -65,7 +65,8 @@ impl Case {
 
     /// Runs the case. Its multiplications, or everything that is wrong.
     pub fn check(&self, simulator: &Simulator) -> Result<u64, String> {
-        let run = simulator.run(&self.plan, &self.inputs()).map_err(|error| format!("{}: {error}", self.name))?;
+        let run =
+            simulator.run(&self.plan, &self.inputs()).map_err(|error| format!("{}: {error}", self.name))?;
         if !run.reports.is_empty() {
             return Err(format!("{}:\n{run}", self.name));
         }
@@ -74,7 +75,13 @@ impl Case {
         assert_eq!(exact.len(), buffers.len(), "{}: the oracle has another number of outputs", self.name);
         for (index, buffer) in buffers.into_iter().enumerate() {
             let (exact, reference) = (&exact[index], &reference[index]);
-            assert_eq!(exact.len(), buffer.len, "{}: the oracle's {} has another length", self.name, buffer.name);
+            assert_eq!(
+                exact.len(),
+                buffer.len,
+                "{}: the oracle's {} has another length",
+                self.name,
+                buffer.name
+            );
             let got = decode(&run.outputs[index], buffer.element);
             // A plain implementation stores its result in the same type.
             let reference = decode(&encode(reference.iter().copied(), buffer.element), buffer.element);

@@ -9,6 +9,7 @@
 mod case;
 mod cases;
 mod data;
+mod mutant_list;
 mod mutants;
 mod ops_in_simulator;
 mod oracle;

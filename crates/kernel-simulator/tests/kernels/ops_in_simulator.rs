@@ -1,7 +1,7 @@
 //! Every op × storage × {forward, backward}, at sizes on both sides of every limit of the kernels.
 
 use crate::case::Size;
-use crate::cases::{ALL, Cases};
+use crate::cases::{ALL, Cases, lora};
 use candlewick_kernels::{Storage, Tuning};
 use kernel_simulator::Simulator;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,7 +27,7 @@ fn sizes(storage: Storage) -> Vec<Size> {
 fn every_op_is_clean_and_as_exact_as_it_must_be() {
     let start = Instant::now();
     let aligned = Simulator::new().unwrap();
-    let unaligned = Simulator::new().unwrap().with_alignment(4);
+    let unaligned = aligned.clone().with_alignment(4);
     let mut jobs: Vec<(Cases, Size)> = Vec::new();
     for (_, cases) in ALL {
         jobs.extend(Storage::ALL.into_iter().flat_map(sizes).map(|size| (cases, size)));
@@ -51,4 +51,35 @@ fn every_op_is_clean_and_as_exact_as_it_must_be() {
     let seconds = start.elapsed().as_secs_f64();
     println!("{} cases of {} ops in {seconds:.1} s on {threads} threads", outcomes.len(), ALL.len());
     assert!(faults.is_empty(), "{} cases fail:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn the_order_of_threads_changes_no_bit() {
+    let simulator = Simulator::new().unwrap();
+    let other = simulator.clone().with_seed(2);
+    for (op, cases) in ALL {
+        for case in cases(Size::new(Storage::F32, 3, 257)) {
+            let run = |simulator: &Simulator| simulator.run(&case.plan, &case.inputs()).unwrap().outputs;
+            assert_eq!(run(&simulator), run(&other), "{op}: {}", case.name);
+        }
+    }
+}
+
+/// A kernel in which each output element takes its own product of x with A would multiply
+/// `rows · inputs · rank · outputs` times.
+#[test]
+fn lora_multiplies_x_by_a_once() {
+    let simulator = Simulator::new().unwrap();
+    for (rows, inputs, outputs) in [(1, 1000, 256), (3, 257, 96), (64, 256, 512)] {
+        let size = Size::new(Storage::F32, rows, inputs);
+        let op = lora::peft(size, outputs);
+        let case = lora::forward(size, op);
+        let counted = case.check(&simulator).unwrap();
+        println!(
+            "lora_delta of {rows} rows, {inputs} -> {outputs}, rank {}: {counted} multiplications, {} in x·A",
+            op.rank,
+            rows * inputs * op.rank
+        );
+        assert_eq!(counted, op.forward_multiplications() as u64, "{}", case.name);
+    }
 }

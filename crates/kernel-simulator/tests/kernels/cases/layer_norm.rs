@@ -11,7 +11,14 @@ pub fn cases(size: Size) -> Vec<Case> {
 }
 
 fn op(size: Size) -> LayerNorm {
-    LayerNorm { rows: size.rows, columns: size.columns, storage: size.storage, weight: true, bias: true, eps: EPS }
+    LayerNorm {
+        rows: size.rows,
+        columns: size.columns,
+        storage: size.storage,
+        weight: true,
+        bias: true,
+        eps: EPS,
+    }
 }
 
 pub fn forward(size: Size) -> Case {
@@ -40,9 +47,8 @@ pub fn backward(size: Size) -> Case {
             let (normal, r) = normalise(a, x);
             let weighted = a.multiply(g, &weight.values);
             let (mean, mean_dot) = (a.mean(&weighted), a.mean(&a.multiply(&weighted, &normal)));
-            let through = |(g, n): (&f64, &f64)| {
-                a.round(r * a.round(a.round(g - mean) - a.round(n * mean_dot)))
-            };
+            let through =
+                |(g, n): (&f64, &f64)| a.round(r * a.round(a.round(g - mean) - a.round(n * mean_dot)));
             grad_x.extend(weighted.iter().zip(&normal).map(through));
             a.add_row(&mut grad_weight, a.multiply(g, &normal));
             a.add_row(&mut grad_bias, g.iter().copied());

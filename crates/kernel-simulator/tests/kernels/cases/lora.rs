@@ -93,7 +93,13 @@ impl Data {
     }
 
     /// `scaling · rows · factorᵀ`, `[rows, rank]`, for rows of `columns`.
-    fn project(&self, a: Arithmetic, rows: &[f64], columns: usize, factor: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    fn project(
+        &self,
+        a: Arithmetic,
+        rows: &[f64],
+        columns: usize,
+        factor: impl Fn(usize, usize) -> f64,
+    ) -> Vec<f64> {
         let mut projected = Vec::new();
         for row in rows.chunks(columns) {
             for rank in 0..self.op.rank {
@@ -105,17 +111,35 @@ impl Data {
     }
 
     /// `s · factor`, `[rows, columns]`.
-    fn expand(&self, a: Arithmetic, s: &[f64], columns: usize, factor: impl Fn(usize, usize) -> f64) -> Vec<f64> {
-        let element = |s: &[f64], column| a.sum(s.iter().enumerate().map(|(rank, s)| s * factor(rank, column)));
-        s.chunks(self.op.rank).flat_map(|s| (0..columns).map(move |column| (s, column))).map(|(s, c)| element(s, c)).collect()
+    fn expand(
+        &self,
+        a: Arithmetic,
+        s: &[f64],
+        columns: usize,
+        factor: impl Fn(usize, usize) -> f64,
+    ) -> Vec<f64> {
+        let element =
+            |s: &[f64], column| a.sum(s.iter().enumerate().map(|(rank, s)| s * factor(rank, column)));
+        s.chunks(self.op.rank)
+            .flat_map(|s| (0..columns).map(move |column| (s, column)))
+            .map(|(s, c)| element(s, c))
+            .collect()
     }
 
     /// `Σ_rows s · rows`, laid out as the factor with these strides.
-    fn factor_gradient(&self, a: Arithmetic, s: &[f64], rows: &[f64], columns: usize, strides: FactorStrides) -> Vec<f64> {
+    fn factor_gradient(
+        &self,
+        a: Arithmetic,
+        s: &[f64],
+        rows: &[f64],
+        columns: usize,
+        strides: FactorStrides,
+    ) -> Vec<f64> {
         let mut gradient = vec![0.0; self.op.rank * columns];
         for rank in 0..self.op.rank {
             for column in 0..columns {
-                let terms = (0..self.op.rows).map(|row| s[row * self.op.rank + rank] * rows[row * columns + column]);
+                let terms =
+                    (0..self.op.rows).map(|row| s[row * self.op.rank + rank] * rows[row * columns + column]);
                 gradient[rank * strides.rank + column * strides.column] = a.sum(terms);
             }
         }
@@ -147,7 +171,8 @@ pub fn backward(size: Size, op: Lora) -> Case {
         let s_forward = data.project(a, &x, op.inputs, |rank, input| data.a(rank, input));
         let s_backward = data.project(a, grad, op.outputs, |rank, output| data.b(rank, output));
         let grad_x = data.expand(a, &s_backward, op.inputs, |rank, input| data.a(rank, input));
-        let dropped = grad_x.iter().enumerate().map(|(index, &g)| a.round(data.drop(a, index, g) + data.base(index)));
+        let dropped =
+            grad_x.iter().enumerate().map(|(index, &g)| a.round(data.drop(a, index, g) + data.base(index)));
         vec![
             dropped.collect(),
             data.factor_gradient(a, &s_backward, &x, op.inputs, op.a),

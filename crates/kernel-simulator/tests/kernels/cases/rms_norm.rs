@@ -45,7 +45,10 @@ pub fn backward(size: Size, input: bool, of_weight: bool) -> Case {
             grad_x.extend(weighted.iter().zip(&normal).map(through));
             a.add_row(&mut grad_weight, a.multiply(g, &normal));
         }
-        [(input, grad_x), (of_weight, grad_weight)].into_iter().filter_map(|(wanted, grad)| wanted.then_some(grad)).collect()
+        [(input, grad_x), (of_weight, grad_weight)]
+            .into_iter()
+            .filter_map(|(wanted, grad)| wanted.then_some(grad))
+            .collect()
     })
 }
 

@@ -54,8 +54,10 @@ pub fn case(size: Size, interleaved: bool, backward: bool) -> Case {
             let mut out = x.values[start..start + columns].to_vec();
             let first_angle = (if interleaved { batch * positions } else { 0 } + position) * (rotary / 2);
             for pair in 0..rotary / 2 {
-                let (low, high) = if interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + rotary / 2) };
-                let (cos, sin) = (cosines.values[first_angle + pair], sines.values[first_angle + pair] * direction);
+                let (low, high) =
+                    if interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + rotary / 2) };
+                let (cos, sin) =
+                    (cosines.values[first_angle + pair], sines.values[first_angle + pair] * direction);
                 let (x0, x1) = (out[low], out[high]);
                 out[low] = a.round(a.round(x0 * cos) - a.round(x1 * sin));
                 out[high] = a.round(a.round(x1 * cos) + a.round(x0 * sin));
