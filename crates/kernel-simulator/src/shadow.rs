@@ -59,24 +59,23 @@ enum Readers {
 
 impl Readers {
     fn and(self, now: Stamp) -> Self {
-        match self {
-            Self::Nobody => Self::Thread(now),
-            Self::Grid(_) => self,
-            Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one)
-                if one.threadgroup != now.threadgroup =>
-            {
-                Self::Grid(one)
-            }
+        let (Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one)) = self else {
+            return if matches!(self, Self::Nobody) { Self::Thread(now) } else { self };
+        };
+        if one.threadgroup != now.threadgroup {
+            Self::Grid(one)
+        } else if one.epoch != now.epoch {
             // Readers before the barrier are ordered before every later write of this threadgroup.
-            Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one) if one.epoch != now.epoch => {
-                Self::Thread(now)
-            }
-            Self::Threadgroup(_) => self,
-            Self::Thread(one) | Self::Simdgroup(one) if !one.same_simdgroup(now) => Self::Threadgroup(one),
+            Self::Thread(now)
+        } else if matches!(self, Self::Threadgroup(_)) || !one.same_simdgroup(now) {
+            Self::Threadgroup(one)
+        } else if one.simd_epoch != now.simd_epoch {
             // Whoever is unordered with a reader before the simdgroup's barrier is so with this one too.
-            Self::Thread(one) | Self::Simdgroup(one) if one.simd_epoch != now.simd_epoch => Self::Thread(now),
-            Self::Thread(one) if one.thread == now.thread => self,
-            Self::Thread(one) | Self::Simdgroup(one) => Self::Simdgroup(one),
+            Self::Thread(now)
+        } else if one.thread == now.thread {
+            self
+        } else {
+            Self::Simdgroup(one)
         }
     }
 
@@ -152,14 +151,14 @@ impl Shadow {
     pub(crate) fn read(&mut self, offset: usize, bytes: usize, now: Stamp) -> Result<(), (usize, Fault)> {
         let mut fault = Ok(());
         for index in offset / CELL_BYTES..(offset + bytes).div_ceil(CELL_BYTES) {
-            let found = if !self.initialised[index] {
-                Some(Fault::Uninitialised)
-            } else {
+            let found = if self.initialised[index] {
                 let cell = &mut self.cells[index];
                 cell.readers = cell.readers.and(now);
                 cell.writer
                     .filter(|writer| !writer.before(now))
                     .map(|writer| Fault::Race(Conflict::Write(writer)))
+            } else {
+                Some(Fault::Uninitialised)
             };
             if let (Ok(()), Some(found)) = (&fault, found) {
                 fault = Err((index * CELL_BYTES, found));

@@ -21,7 +21,7 @@ pub fn linear_cases(size: Size) -> Vec<Case> {
 
 /// A `[rank, inputs]`, B `[outputs, rank]`.
 pub fn peft(size: Size, outputs: usize) -> Lora {
-    let rank = if size.columns % 2 == 0 { 8 } else { 5 };
+    let rank = if size.columns.is_multiple_of(2) { 8 } else { 5 };
     Lora {
         rows: size.rows,
         inputs: size.columns,
