@@ -61,7 +61,7 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
                 if (DROP_INPUT) dropout_chunk(p.dropout, at, chunk + row * WIDTH);
             }
             for (uint r = 0u; r < RANK_TILE; r++) {
-                if (first_rank + r >= RANK) continue;
+                if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
                 float w[WIDTH];
                 load_a(a, p, first_rank + r, column, w);
                 for (uint row = 0u; row < ROWS; row++) {
@@ -73,7 +73,7 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
             }
         }
         for (uint r = 0u; r < RANK_TILE; r++) {
-            if (first_rank + r >= RANK) continue;
+            if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
             for (uint row = 0u; row < ROWS; row++) {
                 const float sum = simd_sum(sums[row * RANK_TILE + r]);
                 if (lane == 0u) s[(slice * ROWS + row) * RANK + first_rank + r] = sum;

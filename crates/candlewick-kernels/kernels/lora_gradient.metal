@@ -20,6 +20,25 @@ struct LoraGradientParams {
     DropoutParams dropout;
 };
 
+// One row's s of this thread's ranks; every thread of the threadgroup reads the same ones.
+DEVFN void load_shares(DEVICE const float* s, ulong row, uint first_rank, THREAD float* shares) {
+    DEVICE const float* from = s + row * RANK + first_rank;
+#if RANK % 4 == 0 && RANK_TILE % 4 == 0
+    for (uint r = 0u; r < RANK_TILE; r += 4u) {
+        if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
+        const uint4 v = vector_load(from + r);
+        shares[r] = as_type<float>(v.x);
+        shares[r + 1u] = as_type<float>(v.y);
+        shares[r + 2u] = as_type<float>(v.z);
+        shares[r + 3u] = as_type<float>(v.w);
+    }
+#else
+    for (uint r = 0u; r < RANK_TILE; r++) {
+        if (RANK % RANK_TILE == 0 || first_rank + r < RANK) shares[r] = from[r];
+    }
+#endif
+}
+
 KERNEL(lora_gradient, DEVICE const float* s, DEVICE const T* x, DEVICE float* partial, PARAM(LoraGradientParams, p)) {
     const uint column = (TG_POS.x * TG_SIZE.x + TID.x) * WIDTH;
     const uint part = TG_POS.y, first_rank = TG_POS.z * RANK_TILE;
@@ -31,15 +50,16 @@ KERNEL(lora_gradient, DEVICE const float* s, DEVICE const T* x, DEVICE float* pa
         float chunk[WIDTH];
         load_chunk(x + at, chunk);
         if (DROPOUT) dropout_chunk(p.dropout, at, chunk);
+        float shares[RANK_TILE];
+        load_shares(s, row, first_rank, shares);
         for (uint r = 0u; r < RANK_TILE; r++) {
-            if (first_rank + r >= RANK) continue;
-            const float share = s[ulong(row) * RANK + first_rank + r];
-            for (uint i = 0u; i < WIDTH; i++) sums[r * WIDTH + i] = fma(share, chunk[i], sums[r * WIDTH + i]);
+            if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
+            for (uint i = 0u; i < WIDTH; i++) sums[r * WIDTH + i] = fma(shares[r], chunk[i], sums[r * WIDTH + i]);
         }
     }
     DEVICE float* part_sums = partial + ulong(part) * RANK * p.columns;
     for (uint r = 0u; r < RANK_TILE; r++) {
-        if (first_rank + r >= RANK) continue;
+        if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
         DEVICE float* to = part_sums + ulong(first_rank + r) * p.rank_stride + ulong(column) * p.column_stride;
         for (uint i = 0u; i < WIDTH; i++) to[ulong(i) * p.column_stride] = sums[r * WIDTH + i];
     }

@@ -12,7 +12,7 @@ const RANK_TILE: usize = 4;
 /// f32 registers that `lora_gradient` sums in.
 const GRADIENT_SUMS: usize = 64;
 /// Rows that a part of `lora_gradient` has at least, and the most parts.
-const ROWS_PER_PART: usize = 16;
+const ROWS_PER_PART: usize = 4;
 const MOST_PARTS: usize = 64;
 const GRADIENT_THREADS: usize = 128;
 
@@ -158,8 +158,11 @@ impl Lora {
         let inputs = product(OP, "x", &[self.rows, self.inputs])?;
         let base = if self.base && wanted.x { buffers.input("base", element, inputs) } else { x };
         let grad_x = wanted.x.then(|| buffers.output("grad_x", element, inputs));
-        let grad_a = wanted.a.then(|| buffers.output("grad_a", adapter, self.rank * self.inputs));
-        let grad_b = wanted.b.then(|| buffers.output("grad_b", adapter, self.rank * self.outputs));
+        let [a_len, b_len] =
+            [self.inputs, self.outputs].map(|columns| product(OP, "factor", &[self.rank, columns]));
+        let (a_len, b_len) = (a_len?, b_len?);
+        let grad_a = wanted.a.then(|| buffers.output("grad_a", adapter, a_len));
+        let grad_b = wanted.b.then(|| buffers.output("grad_b", adapter, b_len));
         let projected = product(OP, "S", &[self.rows, self.rank])?;
         let mut launches = Vec::new();
 
@@ -438,6 +441,6 @@ mod tests {
         let dropout = Some(Dropout { p: 1.0, seed: 0 });
         assert_eq!(error(Lora { dropout, ..peft(1, 8, 8) }), "lora: dropout must be in 0..1, got 1");
         let mixed = Lora { adapter: Storage::F16, ..peft(1, 8, 8) };
-        assert_eq!(error(mixed), "lora: adapter type must be float or float, got half");
+        assert_eq!(error(mixed), "lora: adapter type must be x's or float, got half");
     }
 }
