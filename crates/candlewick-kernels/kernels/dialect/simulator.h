@@ -55,7 +55,12 @@ struct alignas(16) uint4 { uint x, y, z, w; };
 #define THREAD
 
 // ---- declarations ----
+#ifdef __clang__
+// Calls of one function in two branches are two places: a barrier may wait in it.
+#define DEVFN static inline __attribute__((unused, nomerge))
+#else
 #define DEVFN static inline __attribute__((unused))
+#endif
 #define KERNEL(name, ...)                                                                          \
     static void name(const SimulatorContext& simulator_context, __VA_ARGS__);                      \
     extern "C" SIMULATOR_HIDDEN void SIMULATOR_KERNEL(name)(void** arguments,                       \
