@@ -176,6 +176,8 @@ pub enum KernelFile {
     Rope,
     /// `silu_mul.metal`
     SiluMul,
+    /// `gelu_mul.metal`
+    GeluMul,
     /// `cross_entropy.metal`
     CrossEntropy,
     /// `lora.metal`

@@ -7,6 +7,7 @@
 mod column_sum;
 pub mod cross_entropy;
 mod flat;
+pub mod gelu_mul;
 pub mod launch;
 pub mod layer_norm;
 pub mod lora;

@@ -117,9 +117,9 @@ struct Update {
     dropout: DropoutPlace,
     base: bool,
     /// Writes y.
-    update: bool,
+    writes_y: bool,
     /// Writes S.
-    keep: bool,
+    keeps_s: bool,
 }
 
 impl Lora {
@@ -139,8 +139,8 @@ impl Lora {
             up: self.b,
             dropout: self.place(DropoutPlace::Input),
             base: self.base,
-            update: true,
-            keep: false,
+            writes_y: true,
+            keeps_s: false,
         };
         // S is not kept: x stands in its place.
         let launch = self.update(&update, vec![x, a, b, base, y, x], tuning)?;
@@ -175,8 +175,8 @@ impl Lora {
                 up: self.a,
                 dropout: self.place(DropoutPlace::Output),
                 base: self.base && wanted.x,
-                update: wanted.x,
-                keep: wanted.a,
+                writes_y: wanted.x,
+                keeps_s: wanted.a,
             };
             let arguments = vec![grad, b, a, base, grad_x.unwrap_or(x), kept.unwrap_or(x)];
             if self.rows > 0 {
@@ -196,8 +196,8 @@ impl Lora {
                 up: self.b,
                 dropout: self.place(DropoutPlace::Input),
                 base: false,
-                update: false,
-                keep: true,
+                writes_y: false,
+                keeps_s: true,
             };
             if self.rows > 0 {
                 launches.push(self.update(&update, vec![x, a, b, x, x, kept], tuning)?);
@@ -227,12 +227,7 @@ impl Lora {
             ));
         }
         if self.adapter != Storage::F32 && self.adapter != self.storage {
-            return Err(shape(
-                OP,
-                "adapter type",
-                format!("float or {}", self.storage.word()),
-                self.adapter.word(),
-            ));
+            return Err(shape(OP, "adapter type", "x's or float", self.adapter.word()));
         }
         if let Some(dropout) = self.dropout
             && !(0.0..1.0).contains(&dropout.p)
@@ -317,8 +312,8 @@ impl Lora {
                 flag("B_ALONG_RANKS", along_ranks),
                 define("DROPOUT", update.dropout as u8),
                 flag("BASE", update.base),
-                flag("UPDATE", update.update),
-                flag("KEEP", update.keep),
+                flag("UPDATE", update.writes_y),
+                flag("KEEP", update.keeps_s),
             ],
             threadgroups: [groups(OP, self.rows.div_ceil(rows))?.max(1), 1, 1],
             threads: small(simdgroups * LANES),

@@ -2,7 +2,7 @@
 
 use crate::launch::{Element, Launch, Plan, PlanError, Storage};
 use crate::params::Tuning;
-use crate::{cross_entropy, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
+use crate::{cross_entropy, gelu_mul, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
 
 /// An op that has kernels.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,7 @@ impl Samples {
 pub const fn ops() -> &'static [Op] {
     &[
         Op { name: "cross_entropy", samples: cross_entropy_samples },
+        Op { name: "gelu_mul", samples: gelu_mul_samples },
         Op { name: "layer_norm", samples: layer_norm_samples },
         Op { name: "lora_delta", samples: lora_delta_samples },
         Op { name: "lora_linear", samples: lora_linear_samples },
@@ -147,6 +148,12 @@ fn silu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanE
     let op = silu_mul::SiluMul { elements: 4099, storage };
     samples.add(|tuning| op.forward(tuning))?;
     samples.add(|tuning| op.backward(silu_mul::SiluMulGradients { gate: true, up: true }, tuning))
+}
+
+fn gelu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    let op = gelu_mul::GeluMul { elements: 4099, storage };
+    samples.add(|tuning| op.forward(tuning))?;
+    samples.add(|tuning| op.backward(gelu_mul::GeluMulGradients { gate: true, up: true }, tuning))
 }
 
 fn cross_entropy_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {

@@ -1,5 +1,10 @@
 //! Small helpers that every op's plan is built with: checked sizes, parameter bytes, tuning.
 
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "values to print: numbers and strings alike, made for the call"
+)]
+
 use crate::launch::{Buffer, Element, Launch, MAX_THREADS, Plan, PlanError, Role, SIMDGROUP_SIZE};
 
 /// What the executor knows about the device and the addresses it will bind.

@@ -39,12 +39,13 @@ impl Target {
 
 impl KernelFile {
     /// Every file.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Softmax,
         Self::RmsNorm,
         Self::LayerNorm,
         Self::Rope,
         Self::SiluMul,
+        Self::GeluMul,
         Self::CrossEntropy,
         Self::Lora,
         Self::LoraGradient,
@@ -60,6 +61,7 @@ impl KernelFile {
             Self::LayerNorm => source_file!("kernels/layer_norm.metal"),
             Self::Rope => source_file!("kernels/rope.metal"),
             Self::SiluMul => source_file!("kernels/silu_mul.metal"),
+            Self::GeluMul => source_file!("kernels/gelu_mul.metal"),
             Self::CrossEntropy => source_file!("kernels/cross_entropy.metal"),
             Self::Lora => source_file!("kernels/lora.metal"),
             Self::LoraGradient => source_file!("kernels/lora_gradient.metal"),
@@ -72,7 +74,7 @@ impl KernelFile {
     pub const fn parts(self) -> &'static [SourceFile] {
         match self {
             Self::Softmax | Self::RmsNorm | Self::LayerNorm | Self::CrossEntropy => &[CHUNK, ROW],
-            Self::Rope | Self::SiluMul => &[CHUNK],
+            Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
             Self::Lora | Self::LoraGradient => &[CHUNK, PHILOX],
             Self::ColumnSum => &[],
         }

@@ -1,7 +1,9 @@
-//! The exact text that Metal is given, through stock clang as "C++ for OpenCL 2021".
+//! The exact text that Metal is given, through stock clang as "C++ for `OpenCL` 2021".
 //!
 //! It finds missing and clashing address spaces, threadgroup arrays outside a kernel, doubles, statics, mutable
 //! globals, and everything that is not C++. What it lets through is `lint.rs`'s business.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -1,7 +1,10 @@
-//! Every text through NVRTC: to machine code for sm_90, and one of each kind to PTX for an old device, with no header and no warning.
+//! Every text through NVRTC: to machine code for `sm_90`, and one of each kind to PTX for an old device, with no
+//! header and no warning.
 //!
 //! NVRTC needs neither a GPU nor a driver. It is looked for in `NVRTC_LIBRARY`, then among the system's libraries,
 //! then where pip's `nvidia-cuda-nvrtc` puts it in a virtual environment that `VIRTUAL_ENV` names or that is active.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

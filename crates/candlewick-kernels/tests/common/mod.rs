@@ -1,6 +1,7 @@
 //! Shared by the tests on the text: every distinct text of the crate, and two threads to check them with.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use candlewick_kernels::{Launch, Storage, Target, ops};
 use std::collections::{BTreeMap, BTreeSet};
