@@ -80,7 +80,7 @@ impl Module {
     pub(crate) fn sites(&self, stacks: &[&[usize]]) -> Vec<Vec<Site>> {
         let addresses: Vec<usize> = stacks.iter().flat_map(|stack| stack.iter().copied()).collect();
         let mut lines = self.lines(&addresses).unwrap_or_default().into_iter();
-        let site = |line: Option<Site>| line.filter(|site| site.file != DIALECT);
+        let site = |line: Option<Site>| line.filter(|site| site.file != DIALECT && site.file != "??");
         stacks.iter().map(|stack| lines.by_ref().take(stack.len()).filter_map(site).collect()).collect()
     }
 
@@ -91,8 +91,9 @@ impl Module {
         let mut command = Command::new("addr2line");
         command.arg("-s").arg("-e").arg(&self.path);
         for address in addresses {
-            // One byte back, into the call itself.
-            command.arg(format!("{:#x}", address.checked_sub(base + 1)?));
+            // One byte back, into the call itself. An address outside the image, whose caller is the simulator,
+            // becomes one that has no line.
+            command.arg(format!("{:#x}", address.wrapping_sub(base + 1)));
         }
         let output = command.output().ok().filter(|output| output.status.success())?;
         let lines = String::from_utf8(output.stdout).ok()?;

@@ -34,12 +34,12 @@ const KERNEL_FLAGS: [&str; 13] = [
     "-ffp-contract=off",
     "-ftrivial-auto-var-init=pattern",
     "-fsanitize=thread",
-    "-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow",
+    "-fsanitize=shift,integer-divide-by-zero,signed-integer-overflow",
 ];
 /// GCC copies code behind a branch into both arms when it can.
-const GCC_FLAGS: [&str; 1] = ["-fno-thread-jumps"];
-/// clang leaves out the check of a read that a write to the same place follows.
-const CLANG_FLAGS: [&str; 2] = ["-mllvm", "-tsan-instrument-read-before-write"];
+const GCC_FLAGS: [&str; 2] = ["-fsanitize=bounds", "-fno-thread-jumps"];
+/// clang leaves out the check of a read that a write to the same place follows, and its `bounds` would trap.
+const CLANG_FLAGS: [&str; 3] = ["-fsanitize=array-bounds", "-mllvm", "-tsan-instrument-read-before-write"];
 const HOOKS_FLAGS: [&str; 5] = ["-std=c++17", "-O2", "-fPIC", "-fno-exceptions", "-fno-rtti"];
 
 /// A compiled text, or the compiler's complaint; made by whoever asks first while the others wait.

@@ -188,7 +188,7 @@ pub const MUTANTS: &[Mutant] = &[
     // ---- lora_gradient.metal ----
     text(Shown::LoraBackward, "columns beyond the last", OUT_OF_BOUNDS, "if (column >= p.columns) return;", ""),
     text(Shown::LoraBackwardManyRows, "all parts share their sums", GRID_RACE, "partial + ulong(part) * RANK * p.columns", "partial"),
-    text(Shown::LoraBackward, "the first rank of each tile is left out", UNINITIALISED, "first_rank = TG_POS.z * RANK_TILE;", "first_rank = TG_POS.z * RANK_TILE + 1u;"),
+    text(Shown::LoraBackward, "tiles that begin at the second rank", &[Kind::Misaligned, Kind::OutOfBounds, Kind::Uninitialised], "first_rank = TG_POS.z * RANK_TILE;", "first_rank = TG_POS.z * RANK_TILE + 1u;"),
 
     // ---- launches ----
     plan(Shown::RmsNorm, "threads that do not fill a simdgroup", LIMIT, |plan| plan.launches[0].threads = 48),
