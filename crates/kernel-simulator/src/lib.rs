@@ -143,8 +143,8 @@ impl Simulator {
         Self { seed, ..self }
     }
 
-    /// Places every buffer at a multiple of `bytes`, a power of two of at most 2048, and of nothing larger.
-    /// Otherwise that is 16.
+    /// Places inputs and outputs at a multiple of `bytes`, a power of two of at most 2048, and of nothing larger.
+    /// Otherwise that is 16. Scratch, which every executor allocates by itself, stays at a multiple of 16.
     ///
     /// # Panics
     /// If `bytes` is something else.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 /// Room before and after every device buffer.
 const DEVICE_GAP: usize = 1 << 20;
-/// Buffers start at a multiple of this, plus the alignment that was asked for: aligned so, and not better.
+/// Buffers start at a multiple of this, plus their alignment: aligned so, and not better.
 const DEVICE_UNIT: usize = 4096;
 /// Room before every threadgroup array, and again after it: as much as all arrays of a kernel may hold.
 const THREADGROUP_GAP: usize = 32 << 10;
@@ -44,12 +44,29 @@ impl Region {
     }
 }
 
+/// A plan's buffer before the plan runs.
+pub(crate) struct Initial<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) contents: Contents<'a>,
+    /// Its address is a multiple of this power of two, and of nothing larger.
+    pub(crate) alignment: usize,
+}
+
 /// What a plan's buffer starts with.
 pub(crate) enum Contents<'a> {
     /// The caller's bytes; kernels only read them.
     Given(&'a [u8]),
     /// So many bytes that hold nothing yet.
     Nothing(usize),
+}
+
+impl Contents<'_> {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Given(bytes) => bytes.len(),
+            Self::Nothing(bytes) => *bytes,
+        }
+    }
 }
 
 /// The buffers of a plan.
@@ -59,22 +76,18 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Lays out buffers, each at an address that is a multiple of `alignment` and of nothing larger.
-    pub(crate) fn new(buffers: &[(&str, Contents)], alignment: usize) -> Self {
-        let bytes = |contents: &Contents| match contents {
-            Contents::Given(bytes) => bytes.len(),
-            Contents::Nothing(bytes) => *bytes,
-        };
-        let stride = |contents| (bytes(contents) + DEVICE_GAP).next_multiple_of(DEVICE_UNIT);
-        let total: usize = buffers.iter().map(|(_, contents)| stride(contents)).sum();
+    pub(crate) fn new(buffers: &[Initial]) -> Self {
+        let stride = |buffer: &Initial| (buffer.contents.bytes() + DEVICE_GAP).next_multiple_of(DEVICE_UNIT);
+        let total: usize = buffers.iter().map(stride).sum();
         let mut pages = Pages::new(DEVICE_GAP + total + DEVICE_UNIT);
-        let mut start = pages.address() + DEVICE_GAP + alignment;
+        let mut next = pages.address() + DEVICE_GAP;
         let mut regions = Vec::with_capacity(buffers.len());
-        for (name, contents) in buffers {
-            let addresses = start..start + bytes(contents);
-            start += stride(contents);
+        for buffer in buffers {
+            let start = next + buffer.alignment;
+            let addresses = start..start + buffer.contents.bytes();
+            next += stride(buffer);
             let memory = pages.bytes_mut(&addresses);
-            let read_only = match contents {
+            let read_only = match buffer.contents {
                 Contents::Given(bytes) => {
                     memory.copy_from_slice(bytes);
                     true
@@ -85,7 +98,7 @@ impl DeviceMemory {
                 }
             };
             regions.push(Region {
-                name: (*name).to_owned(),
+                name: buffer.name.to_owned(),
                 shadow: Shadow::new(addresses.len(), read_only),
                 addresses,
                 read_only,
@@ -213,8 +226,9 @@ mod tests {
     fn buffers_are_aligned_as_asked_and_no_better() {
         for alignment in [4, 16, 256] {
             let given = [7; 100];
-            let buffers = [("x", Contents::Given(&given)), ("y", Contents::Nothing(33))];
-            let memory = DeviceMemory::new(&buffers, alignment);
+            let x = Initial { name: "x", contents: Contents::Given(&given), alignment };
+            let y = Initial { name: "y", contents: Contents::Nothing(33), alignment };
+            let memory = DeviceMemory::new(&[x, y]);
             for buffer in 0..2 {
                 assert_eq!(memory.address(buffer) % (2 * alignment), alignment);
             }
@@ -226,7 +240,8 @@ mod tests {
     #[test]
     fn accesses_are_found_whole_or_not_at_all() {
         let given = [0; 8];
-        let mut memory = DeviceMemory::new(&[("x", Contents::Given(&given))], 16);
+        let x = Initial { name: "x", contents: Contents::Given(&given), alignment: 16 };
+        let mut memory = DeviceMemory::new(&[x]);
         let x = memory.address(0);
         assert!(memory.find(&(x..x + 8)).is_some());
         assert!(memory.find(&(x + 4..x + 12)).is_none());

@@ -36,9 +36,6 @@ impl Kernel {
     }
 }
 
-/// The dialect's own header, whose lines mean nothing to the reader of a kernel.
-const DIALECT: &str = "simulator.h";
-
 /// One text, compiled and loaded.
 #[derive(Debug)]
 pub(crate) struct Module {
@@ -80,7 +77,7 @@ impl Module {
     pub(crate) fn sites(&self, stacks: &[&[usize]]) -> Vec<Vec<Site>> {
         let addresses: Vec<usize> = stacks.iter().flat_map(|stack| stack.iter().copied()).collect();
         let mut lines = self.lines(&addresses).unwrap_or_default().into_iter();
-        let site = |line: Option<Site>| line.filter(|site| site.file != DIALECT && site.file != "??");
+        let site = |line: Option<Site>| line.filter(|site| is_kernel_text(&site.file));
         stacks.iter().map(|stack| lines.by_ref().take(stack.len()).filter_map(site).collect()).collect()
     }
 
@@ -104,6 +101,13 @@ impl Module {
         };
         Some(lines.lines().map(site).collect())
     }
+}
+
+/// Whether a reader of kernels knows this file: not the dialect's own header (which GCC, before the first `#line`,
+/// takes for the whole text's file), and not what `addr2line` calls the unknown.
+fn is_kernel_text(file: &str) -> bool {
+    let whole_text = Path::new(file).extension().is_some_and(|extension| extension == "cpp");
+    !whole_text && !["simulator.h", "??"].contains(&file)
 }
 
 /// Whether an address lies in the loaded image that the code at `code` belongs to.

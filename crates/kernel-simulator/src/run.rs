@@ -4,11 +4,11 @@
 use crate::findings::Finding;
 use crate::hooks;
 use crate::machine::{Bound, Machine};
-use crate::memory::{Contents, DeviceMemory};
+use crate::memory::{Contents, DeviceMemory, Initial};
 use crate::module::Module;
 use crate::report::{Kind, Report};
 use crate::{Error, Simulator};
-use candlewick_kernels::launch::MAX_THREADS;
+use candlewick_kernels::launch::{MAX_THREADS, VECTOR_BYTES};
 use candlewick_kernels::{Launch, Plan, Role};
 use std::fmt;
 use std::sync::Arc;
@@ -89,9 +89,10 @@ fn bind(plan: &Plan, inputs: &[&[u8]], alignment: usize) -> Result<DeviceMemory,
                 got: format!("{} bytes", bytes.len()),
             });
         }
-        buffers.push((buffer.name, contents));
+        let alignment = if buffer.role == Role::Scratch { VECTOR_BYTES } else { alignment };
+        buffers.push(Initial { name: buffer.name, contents, alignment });
     }
-    Ok(DeviceMemory::new(&buffers, alignment))
+    Ok(DeviceMemory::new(&buffers))
 }
 
 /// Runs one launch. The machine comes back with what was found.

@@ -41,8 +41,8 @@ pub const MUTANTS: &[Mutant] = &[
     text(Shown::RmsNorm, "row_sum: a barrier that orders the wrong memory", RACE,
         "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team",
         "threadgroup_barrier(mem_flags::mem_device);\n    v = simd_sum(team"),
-    text(Shown::RmsNormBackward, "row_sum: no barrier before the scratch is used again", RACE,
-        ": 0.0f);\n    threadgroup_barrier(mem_flags::mem_threadgroup);", ": 0.0f);"),
+    text(Shown::LayerNorm, "row_sum: no barrier before the scratch is used again", RACE,
+        "scratch[team.lane] : 0.0f);\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "scratch[team.lane] : 0.0f);"),
     text(Shown::RmsNorm, "row_sum: lanes without a simdgroup read the scratch too", UNINITIALISED,
         "team.lane < uint(ROW_SIMDGROUPS) ? team.scratch[team.lane] : 0.0f", "team.scratch[team.lane]"),
     text(Shown::RmsNorm, "row_sum: every lane writes its simdgroup's sum", RACE,
@@ -154,6 +154,10 @@ pub const MUTANTS: &[Mutant] = &[
         "store_chunk(grad_up + at, g)", "store_chunk((DEVICE T*)up + at, g)"),
     text(Shown::SiluMulBackward, "both gradients go to one", ANY_RACE,
         "if (UP_GRAD) grad_up[at] =", "if (UP_GRAD) grad_up[at - 1u] ="),
+
+    // ---- gelu_mul.metal ----
+    text(Shown::GeluMulBackward, "the tail's gradient is not written", UNWRITTEN, "if (GATE_GRAD) grad_gate[at] =", "if (!GATE_GRAD) grad_gate[at] ="),
+    text(Shown::GeluMulBackward, "the gradients are exchanged half-way", ANY_RACE, "store_chunk(grad_up + at, g)", "store_chunk(grad_gate + at, g); if (at > 0u) store_chunk(grad_gate + at - WIDTH, g)"),
 
     // ---- cross_entropy.metal ----
     text(Shown::CrossEntropy, "an ignored target is used as an address", OUT_OF_BOUNDS,

@@ -2,7 +2,7 @@
 //! see every one of them. A change that no longer applies fails the test: the kernels and this list move together.
 
 use crate::case::{Case, Size};
-use crate::cases::{cross_entropy, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
+use crate::cases::{cross_entropy, gelu_mul, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
 use crate::mutant_list::MUTANTS;
 use candlewick_kernels::{Element, KernelFile, Launch, Plan, Storage, Target, Tuning};
 use kernel_simulator::{Kind, Simulator, Site};
@@ -45,6 +45,7 @@ pub enum Shown {
     RopeInterleaved,
     SiluMul,
     SiluMulBackward,
+    GeluMulBackward,
     CrossEntropy,
     CrossEntropyBackward,
     Lora,
@@ -54,7 +55,7 @@ pub enum Shown {
 }
 
 impl Shown {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Self::RmsNorm,
         Self::RmsNormBackward,
         Self::RmsNormManyRows,
@@ -67,6 +68,7 @@ impl Shown {
         Self::RopeInterleaved,
         Self::SiluMul,
         Self::SiluMulBackward,
+        Self::GeluMulBackward,
         Self::CrossEntropy,
         Self::CrossEntropyBackward,
         Self::Lora,
@@ -90,6 +92,7 @@ impl Shown {
             Self::RopeInterleaved => rope::case(size(3, 64), true, false),
             Self::SiluMul => silu_mul::forward(size(3, 257)),
             Self::SiluMulBackward => silu_mul::backward(size(3, 257)),
+            Self::GeluMulBackward => gelu_mul::backward(size(3, 257)),
             Self::CrossEntropy => cross_entropy::forward(size(260, 300), Element::I64, false),
             Self::CrossEntropyBackward => cross_entropy::backward(size(3, 300), Element::I64),
             Self::Lora => lora::forward(size(70, 256), lora::peft(size(70, 256), 320)),
@@ -179,7 +182,8 @@ fn a_report_names_the_place() {
     assert_eq!((report.kind, report.kernel.as_str()), (Kind::WriteToInput, "silu_mul_backward"));
     // store_chunk is where it happens, and the kernel is where it is called from.
     assert_eq!(report.site.as_ref().map(|site| site.file.as_str()), Some("chunk.h"));
-    assert_eq!(report.callers, [Site { file: "silu_mul.metal".into(), line: line.try_into().unwrap() }]);
+    let caller = Site { file: "silu_mul.metal".into(), line: line.try_into().unwrap() };
+    assert_eq!(report.callers.first(), Some(&caller));
     let thread = report.thread.unwrap();
     let index = i64::from(thread.threadgroup[0] * case.plan.launches[0].threads + thread.thread);
     assert_eq!(report.buffer.as_deref(), Some("up"));
