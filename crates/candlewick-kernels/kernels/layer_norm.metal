@@ -8,7 +8,7 @@
 // per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
 // second pass over the registers: the difference of mean square and squared mean would cancel.
 //
-// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by the largest.
+// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by the largest's power of two.
 
 struct LayerNormParams {
     uint rows;
@@ -64,7 +64,7 @@ DEVFN float moments_of(THREAD const Team& team, DEVICE const T* x_row, THREAD fl
     const float largest = largest_distance(team, x_row, x, columns, mean);
     // A row of equal values, and one that holds an infinity, have no better scale.
     if (!(largest > 0.0f && largest < INFINITY)) return 1.0f / precise::sqrt(square + eps);
-    const float scale = 1.0f / largest;
+    const float scale = 1.0f / row_scale(largest);
     const float scaled = mean_square(team, x_row, x, columns, mean, scale);
     return scale / precise::sqrt(scaled + (eps * scale) * scale);
 }
@@ -103,7 +103,7 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
 
 KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
        DEVICE float* weight_partial, DEVICE float* bias_partial, PARAM(LayerNormParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
+    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
     const Team team = {scratch, LANE, SIMD_ID};
     const uint first = team_index(team, TG_POS.x, N_SIMD);
     if (first >= p.teams) return;
@@ -151,8 +151,8 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
             }
         }
         if (!INPUT_GRAD) continue;
-        const float mean_dot = row_sum(team, dot) / float(p.columns);
-        const float mean_grad = row_sum(team, sum) / float(p.columns);
+        row_sum2(team, dot, sum);
+        const float mean_dot = dot / float(p.columns), mean_grad = sum / float(p.columns);
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             const uint column = chunk_column(team, k);
             if (column >= p.columns) continue;

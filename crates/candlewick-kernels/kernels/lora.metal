@@ -35,13 +35,35 @@ struct LoraParams {
 #define DROP_INPUT (DROPOUT == 1)
 #define DROP_OUTPUT (DROPOUT == 2)
 
-// WIDTH values of A of one rank, neighbours in the columns.
-DEVFN void load_a(DEVICE const ADAPTER* a, PARAM(LoraParams, p), uint rank, uint column, THREAD float* values) {
-    DEVICE const ADAPTER* from = a + ulong(rank) * p.a_rank_stride + ulong(column) * p.a_column_stride;
-#if A_ALONG_COLUMNS
-    load_chunk(from, values);
+// Adds x · Aᵀ of WIDTH columns and RANK_TILE ranks to `sums`, [ROWS, RANK_TILE].
+DEVFN void multiply(THREAD const float* x, DEVICE const ADAPTER* a, PARAM(LoraParams, p), uint first_rank, uint column,
+                    uint row_count, THREAD float* sums) {
+    DEVICE const ADAPTER* from = a + ulong(first_rank) * p.a_rank_stride + ulong(column) * p.a_column_stride;
+    float w[WIDTH];
+#if A_ALONG_RANKS
+    // A tile is WIDTH ranks of one column, and RANK is a multiple of it.
+    for (uint i = 0u; i < WIDTH; i++) {
+        load_chunk(from + ulong(i) * p.a_column_stride, w);
+        for (uint row = 0u; row < ROWS; row++) {
+            if (row >= row_count) continue;
+            for (uint r = 0u; r < RANK_TILE; r++)
+                sums[row * RANK_TILE + r] = fma(x[row * WIDTH + i], w[r], sums[row * RANK_TILE + r]);
+        }
+    }
 #else
-    for (uint i = 0u; i < WIDTH; i++) values[i] = to_f32(from[ulong(i) * p.a_column_stride]);
+    for (uint r = 0u; r < RANK_TILE; r++) {
+        if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
+#if A_ALONG_COLUMNS
+        load_chunk(from + ulong(r) * p.a_rank_stride, w);
+#else
+        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(from[ulong(r) * p.a_rank_stride + ulong(i) * p.a_column_stride]);
+#endif
+        for (uint row = 0u; row < ROWS; row++) {
+            if (row >= row_count) continue;
+            for (uint i = 0u; i < WIDTH; i++)
+                sums[row * RANK_TILE + r] = fma(x[row * WIDTH + i], w[i], sums[row * RANK_TILE + r]);
+        }
+    }
 #endif
 }
 
@@ -60,17 +82,7 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
                 load_chunk(x + at, chunk + row * WIDTH);
                 if (DROP_INPUT) dropout_chunk(p.dropout, at, chunk + row * WIDTH);
             }
-            for (uint r = 0u; r < RANK_TILE; r++) {
-                if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
-                float w[WIDTH];
-                load_a(a, p, first_rank + r, column, w);
-                for (uint row = 0u; row < ROWS; row++) {
-                    if (row >= row_count) continue;
-                    float sum = sums[row * RANK_TILE + r];
-                    for (uint i = 0u; i < WIDTH; i++) sum = fma(chunk[row * WIDTH + i], w[i], sum);
-                    sums[row * RANK_TILE + r] = sum;
-                }
-            }
+            multiply(chunk, a, p, first_rank, column, row_count, sums);
         }
         for (uint r = 0u; r < RANK_TILE; r++) {
             if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;

@@ -23,7 +23,7 @@ struct LoraGradientParams {
 // One row's s of this thread's ranks; every thread of the threadgroup reads the same ones.
 DEVFN void load_shares(DEVICE const float* s, ulong row, uint first_rank, THREAD float* shares) {
     DEVICE const float* from = s + row * RANK + first_rank;
-#if RANK % 4 == 0 && RANK_TILE % 4 == 0
+#if WIDTH > 1 && RANK % 4 == 0 && RANK_TILE % 4 == 0
     for (uint r = 0u; r < RANK_TILE; r += 4u) {
         if (RANK % RANK_TILE != 0 && first_rank + r >= RANK) continue;
         const uint4 v = vector_load(from + r);

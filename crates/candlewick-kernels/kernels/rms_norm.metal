@@ -5,7 +5,8 @@
 //   dw = Σ_rows g · x̂
 //
 // Memory. Forward reads x once and writes y once: the row stays in registers between the sum and the scaling.
-// Backward reads x and g once, writes dx once, and recomputes r instead of having it saved: x is needed anyway.
+// Backward reads x and g once, writes dx once, and recomputes r instead of having it saved: x is needed anyway, and
+// Σ x² and Σ g·w·x share their barriers.
 // The weight's gradient is a sum over rows. Each team walks many rows, keeps its columns' sums in registers and
 // writes one partial row; column_sum adds those. No atomics, so the same input gives the same bits.
 //
@@ -13,8 +14,8 @@
 // follows the row's length. Rows beyond the registers are walked in passes.
 //
 // Range. x² leaves f32 from 1.8e19 up and 1e-19 down, and a sum of squares earlier. When the mean square comes out
-// beyond [1e-28, 3e38] it is taken again with the row divided by its largest magnitude. The test is the same in the
-// whole team, costs nothing, and the second pass runs for such rows only.
+// beyond [1e-28, 3e38] it is taken again with the row divided by the power of two of its largest magnitude. The test
+// is the same in the whole team, costs nothing, and the second pass runs for such rows only.
 
 struct RmsNormParams {
     uint rows;
@@ -55,7 +56,7 @@ DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD f
     const float largest = largest_magnitude(team, x_row, x, columns);
     // A row of zeros, and one that holds an infinity, have no better scale.
     if (!(largest > 0.0f && largest < INFINITY)) return 1.0f / precise::sqrt(square + eps);
-    const float scale = 1.0f / largest;
+    const float scale = 1.0f / row_scale(largest);
     const float scaled = mean_square(team, x_row, x, columns, scale);
     return scale / precise::sqrt(scaled + (eps * scale) * scale);
 }
@@ -93,9 +94,31 @@ KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(R
     }
 }
 
+// Σ g·w·x·scale of a row; where the row is not LOOPED, x and g hold it and the gradient. Adds the squares of x too.
+DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row, DEVICE const T* weight,
+                         THREAD float* x, THREAD float* g, uint columns, float scale, THREAD float& squares) {
+    float dot = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) {
+            load_chunk(x_row + column, x);
+            load_chunk(grad_row + column, g);
+        }
+        float w[WIDTH];
+        if (WEIGHT) load_chunk(weight + column, w);
+        for (uint i = 0u; i < WIDTH; i++) {
+            const float v = x[held_at(k) + i], weighted = WEIGHT ? g[held_at(k) + i] * w[i] : g[held_at(k) + i];
+            squares = fma(v, v, squares);
+            dot = fma(weighted, v * scale, dot);
+        }
+    }
+    return dot;
+}
+
 KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
        DEVICE float* partial, PARAM(RmsNormParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
+    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
     const Team team = {scratch, LANE, SIMD_ID};
     const uint first = team_index(team, TG_POS.x, N_SIMD);
     if (first >= p.teams) return;
@@ -110,10 +133,20 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
         float grads[HELD];
         load_row(team, x_row, values, p.columns);
         load_row(team, grad_row, grads, p.columns);
-        const float r = inverse_rms(team, x_row, values, p.columns, p.eps);
 
-        // x becomes x̂, g becomes g·w; the weight's gradient takes g on the way.
-        float dot = 0.0f;
+        // Both sums at once, as if r were 1; again with r in its place where that leaves f32.
+        float squares = 0.0f;
+        float dot = weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, 1.0f, squares);
+        row_sum2(team, squares, dot);
+        const float square = squares / float(p.columns);
+        float r = 1.0f / precise::sqrt(square + p.eps);
+        dot *= r;
+        if (!(square + p.eps >= 1e-28f && square <= 3e38f && fabs(dot) <= 3e38f)) {
+            r = inverse_rms(team, x_row, values, p.columns, p.eps);
+            dot = row_sum(team, weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, r, squares));
+        }
+        const float mean = dot / float(p.columns);
+
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             const uint column = chunk_column(team, k);
             if (column >= p.columns) continue;
@@ -128,36 +161,16 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
             if (WEIGHT) load_chunk(weight + column, w);
             for (uint i = 0u; i < WIDTH; i++) {
                 normal[i] *= r;
-                if (LOOPED) sums[i] = g[i] * normal[i];
-                else sums[i] = fma(g[i], normal[i], sums[i]);
-                if (WEIGHT) g[i] *= w[i];
-                dot = fma(g[i], normal[i], dot);
+                sums[i] = LOOPED ? g[i] * normal[i] : fma(g[i], normal[i], sums[i]);
+                const float weighted = WEIGHT ? g[i] * w[i] : g[i];
+                g[i] = r * fma(-normal[i], mean, weighted);
             }
+            if (INPUT_GRAD) store_chunk(grad_x + ulong(row) * p.columns + column, g);
             if (WEIGHT_GRAD && LOOPED) {
                 // Too long for registers: this thread's columns of the partial row are the accumulator.
                 for (uint i = 0u; i < WIDTH; i++)
                     partial_row[column + i] = row == first ? sums[i] : partial_row[column + i] + sums[i];
             }
-        }
-        if (!INPUT_GRAD) continue;
-        const float mean = row_sum(team, dot) / float(p.columns);
-        for (uint k = 0u; k < row_chunks(p.columns); k++) {
-            const uint column = chunk_column(team, k);
-            if (column >= p.columns) continue;
-            THREAD float* normal = values + held_at(k);
-            THREAD float* g = grads + held_at(k);
-            if (LOOPED) {
-                load_chunk(x_row + column, normal);
-                load_chunk(grad_row + column, g);
-                float w[WIDTH];
-                if (WEIGHT) load_chunk(weight + column, w);
-                for (uint i = 0u; i < WIDTH; i++) {
-                    normal[i] *= r;
-                    if (WEIGHT) g[i] *= w[i];
-                }
-            }
-            for (uint i = 0u; i < WIDTH; i++) g[i] = r * fma(-normal[i], mean, g[i]);
-            store_chunk(grad_x + ulong(row) * p.columns + column, g);
         }
     }
     if (WEIGHT_GRAD && !LOOPED) {

@@ -116,7 +116,8 @@ impl LayerNorm {
             defines,
             threadgroups: [groups(OP, teams.div_ceil(geometry.teams))?, 1, 1],
             threads: geometry.threads(),
-            threadgroup_bytes: SCRATCH_BYTES,
+            // The backward takes two sums at once.
+            threadgroup_bytes: if kernel == "layer_norm" { SCRATCH_BYTES } else { 2 * SCRATCH_BYTES },
             arguments,
             params: Params::default()
                 .u32(size(OP, "rows", self.rows)?)

@@ -9,6 +9,8 @@ use crate::rows::{LANES, width};
 const OP: &str = "lora";
 /// Ranks that one simdgroup projects at a time.
 const RANK_TILE: usize = 4;
+/// f32 registers that `lora_update` sums in.
+const UPDATE_SUMS: usize = 32;
 /// f32 registers that `lora_gradient` sums in.
 const GRADIENT_SUMS: usize = 64;
 /// Rows that a part of `lora_gradient` has at least, and the most parts.
@@ -262,14 +264,15 @@ impl Lora {
         params.u32(seed as u32).u32((seed >> 32) as u32).u32(threshold).f32(1.0 / (1.0 - p))
     }
 
-    /// Rows of a row block: enough blocks to fill a device first, then rows that share A and B.
-    fn block_rows(&self) -> usize {
+    /// Rows of a row block: enough blocks to fill a device first, then rows that share A and B, as many as a
+    /// simdgroup's sums have registers for.
+    fn block_rows(&self, rank_tile: usize) -> usize {
         let rows = match self.rows {
             0..=128 => 1,
             129..=1024 => 4,
-            _ => 8,
+            _ => UPDATE_SUMS / rank_tile,
         };
-        rows.min(MAX_THREADGROUP_BYTES as usize / 4 / self.rank)
+        rows.min(8).min(MAX_THREADGROUP_BYTES as usize / 4 / self.rank)
     }
 
     fn update(&self, update: &Update, arguments: Vec<usize>, tuning: Tuning) -> Result<Launch, PlanError> {
@@ -277,15 +280,18 @@ impl Lora {
         let width = width(self.storage, tuning, &[update.inputs, update.outputs]);
         let along =
             |contiguous: usize, other: usize| width > 1 && contiguous == 1 && other.is_multiple_of(vector);
-        let rows = self.block_rows();
-        let tiles = self.rank.div_ceil(RANK_TILE);
+        let ranks_fit = self.rank.is_multiple_of(width);
+        let a_along_columns = width == 1 || along(update.down.column, update.down.rank);
+        let a_along_ranks = !a_along_columns && ranks_fit && along(update.down.rank, update.down.column);
+        let tile = if a_along_ranks { width } else { RANK_TILE.min(self.rank) };
+        let rows = self.block_rows(tile);
+        let tiles = self.rank.div_ceil(tile);
         // One block of few rows gets the whole device's attention; many blocks share it.
         let busy = if rows == 1 { 32 } else { 8 };
         let useful = update.inputs.max(update.outputs).div_ceil(LANES * width);
         let simdgroups = useful.clamp(1, busy).min(tuning.max_simdgroups());
         let room = MAX_THREADGROUP_BYTES as usize / 4 / (rows * self.rank);
         let slices = (simdgroups / tiles).max(1).min(update.inputs.div_ceil(LANES * width)).min(room).max(1);
-        let along_ranks = along(update.up.rank, update.up.column) && self.rank.is_multiple_of(width);
         let params = Params::default()
             .u32(size(OP, "rows", self.rows)?)
             .u32(size(OP, "inputs", update.inputs)?)
@@ -304,12 +310,13 @@ impl Lora {
                 define("WIDTH", width),
                 define("RANK", self.rank),
                 define("ROWS", rows),
-                define("RANK_TILE", RANK_TILE.min(self.rank)),
+                define("RANK_TILE", tile),
                 define("SLICES", slices),
                 define("SIMDGROUPS", simdgroups),
-                flag("A_ALONG_COLUMNS", width == 1 || along(update.down.column, update.down.rank)),
+                flag("A_ALONG_COLUMNS", a_along_columns),
+                flag("A_ALONG_RANKS", a_along_ranks),
                 flag("B_ALONG_COLUMNS", along(update.up.column, update.up.rank)),
-                flag("B_ALONG_RANKS", along_ranks),
+                flag("B_ALONG_RANKS", ranks_fit && along(update.up.rank, update.up.column)),
                 define("DROPOUT", update.dropout as u8),
                 flag("BASE", update.base),
                 flag("UPDATE", update.writes_y),

@@ -1,6 +1,6 @@
 //! Every op of the crate, with sample plans: what the checks on the text run over, and what `wick kernels` prints.
 
-use crate::launch::{Element, Launch, Plan, PlanError, Storage};
+use crate::launch::{Element, Launch, Plan, PlanError, Storage, Target};
 use crate::params::Tuning;
 use crate::{cross_entropy, gelu_mul, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
 
@@ -56,6 +56,18 @@ impl Op {
         let mut samples = Samples::default();
         (self.samples)(storage, &mut samples)?;
         Ok(samples.0)
+    }
+
+    /// One text of each kernel file that the op uses, as assembled for a target, with the launch it is for.
+    pub fn texts(&self, target: Target, storage: Storage) -> Result<Vec<(Launch, String)>, PlanError> {
+        let mut texts: Vec<(Launch, String)> = Vec::new();
+        for launch in self.sample_launches(storage)? {
+            if texts.iter().all(|(seen, _)| seen.file != launch.file) {
+                let source = launch.source(target);
+                texts.push((launch, source));
+            }
+        }
+        Ok(texts)
     }
 
     /// The launches of the sample plans whose texts differ, in order.

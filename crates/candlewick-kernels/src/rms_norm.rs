@@ -111,7 +111,8 @@ impl RmsNorm {
             defines,
             threadgroups: [groups(OP, teams.div_ceil(geometry.teams))?, 1, 1],
             threads: geometry.threads(),
-            threadgroup_bytes: SCRATCH_BYTES,
+            // The backward takes two sums at once.
+            threadgroup_bytes: if kernel == "rms_norm" { SCRATCH_BYTES } else { 2 * SCRATCH_BYTES },
             arguments,
             params: Params::default()
                 .u32(size(OP, "rows", self.rows)?)

@@ -63,6 +63,23 @@ DEVFN float row_sum(THREAD const Team& team, float v) {
     return v;
 }
 
+// Two sums for the barriers of one. The scratch has 2 · SIMDGROUP_SIZE floats.
+DEVFN void row_sum2(THREAD const Team& team, THREAD float& a, THREAD float& b) {
+    a = simd_sum(a);
+    b = simd_sum(b);
+#if ROW_SIMDGROUPS > 1
+    if (team.lane == 0u) {
+        team.scratch[team.simdgroup] = a;
+        team.scratch[SIMDGROUP_SIZE + team.simdgroup] = b;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const bool taken = team.lane < uint(ROW_SIMDGROUPS);
+    a = simd_sum(taken ? team.scratch[team.lane] : 0.0f);
+    b = simd_sum(taken ? team.scratch[SIMDGROUP_SIZE + team.lane] : 0.0f);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+}
+
 // The largest v of the team. A NaN may be ignored here: it must show in a sum.
 DEVFN float row_max(THREAD const Team& team, float v) {
     v = simd_max(v);
@@ -73,4 +90,11 @@ DEVFN float row_max(THREAD const Team& team, float v) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
     return v;
+}
+
+// A power of two to divide a row by whose largest magnitude is given, so that its squares stay in range: the division
+// is exact. Between 2^-126 and 2^126, so that it has a normal inverse.
+DEVFN float row_scale(float largest) {
+    const float power = as_type<float>(as_type<uint>(largest) & 0x7f800000u);
+    return fmin(fmax(power, 1.17549435e-38f), 8.5070592e+37f);
 }
