@@ -57,7 +57,8 @@ KERNEL(cross_entropy_rows, DEVICE const T* logits, DEVICE const TARGET* targets,
     const float row_lse = largest + precise::log(sum);
     if (chunk_column(team, 0u) == 0u) {
         const INT64 target = INT64(targets[row]);
-        const bool counted = is_class(target, p.columns) && !is_ignored(target, p.ignoring, p.ignore_low, p.ignore_high);
+        const bool ignored = is_ignored(target, p.ignoring, p.ignore_low, p.ignore_high);
+        const bool counted = is_class(target, p.columns) && !ignored;
         lse[row] = row_lse;
         losses[row] = counted ? row_lse - to_f32(logits_row[uint(target)]) : 0.0f;
     }

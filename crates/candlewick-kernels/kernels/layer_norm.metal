@@ -8,7 +8,8 @@
 // per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
 // second pass over the registers: the difference of mean square and squared mean would cancel.
 //
-// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by the largest's power of two.
+// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by
+// the largest one's power of two.
 
 struct LayerNormParams {
     uint rows;
@@ -30,7 +31,8 @@ DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float
     return row_sum(team, sum);
 }
 
-DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean, float scale) {
+DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
+                        float scale) {
     float squares = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -44,7 +46,8 @@ DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD f
     return row_sum(team, squares) / float(columns);
 }
 
-DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean) {
+DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns,
+                             float mean) {
     float largest = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -143,7 +146,9 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
                     weight_sums[held_at(k) + i] += taken;
                     bias_sums[held_at(k) + i] += g[i];
                 }
-                if (WEIGHT_GRAD && LOOPED) weight_row[column + i] = row == first ? taken : weight_row[column + i] + taken;
+                // Too long for registers: this thread's columns of the partial rows are the accumulators.
+                if (WEIGHT_GRAD && LOOPED)
+                    weight_row[column + i] = row == first ? taken : weight_row[column + i] + taken;
                 if (BIAS_GRAD && LOOPED) bias_row[column + i] = row == first ? g[i] : bias_row[column + i] + g[i];
                 if (WEIGHT) g[i] *= w[i];
                 dot = fma(g[i], normal[i], dot);

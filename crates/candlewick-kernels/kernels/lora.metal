@@ -56,7 +56,8 @@ DEVFN void multiply(THREAD const float* x, DEVICE const ADAPTER* a, PARAM(LoraPa
 #if A_ALONG_COLUMNS
         load_chunk(from + ulong(r) * p.a_rank_stride, w);
 #else
-        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(from[ulong(r) * p.a_rank_stride + ulong(i) * p.a_column_stride]);
+        DEVICE const ADAPTER* of_rank = from + ulong(r) * p.a_rank_stride;
+        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(of_rank[ulong(i) * p.a_column_stride]);
 #endif
         for (uint row = 0u; row < ROWS; row++) {
             if (row >= row_count) continue;
@@ -74,7 +75,8 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
         const uint first_rank = task % RANK_TILES * RANK_TILE, slice = task / RANK_TILES;
         float sums[ROWS * RANK_TILE];
         for (uint i = 0u; i < ROWS * RANK_TILE; i++) sums[i] = 0.0f;
-        for (uint column = (slice * SIMDGROUP_SIZE + lane) * WIDTH; column < p.inputs; column += SLICES * SIMDGROUP_SIZE * WIDTH) {
+        const uint first_column = (slice * SIMDGROUP_SIZE + lane) * WIDTH, step = SLICES * SIMDGROUP_SIZE * WIDTH;
+        for (uint column = first_column; column < p.inputs; column += step) {
             float chunk[ROWS * WIDTH];
             for (uint row = 0u; row < ROWS; row++) {
                 if (row >= row_count) continue;
@@ -102,7 +104,8 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
 }
 
 // Adds S · B of WIDTH columns to `update`, [ROWS, WIDTH].
-DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, PARAM(LoraParams, p), uint column, THREAD float* update) {
+DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, PARAM(LoraParams, p), uint column,
+                  THREAD float* update) {
     DEVICE const ADAPTER* from = b + ulong(column) * p.b_column_stride;
     float w[WIDTH];
 #if B_ALONG_RANKS
@@ -121,7 +124,8 @@ DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, PARAM(Lor
 #if B_ALONG_COLUMNS
         load_chunk(from + ulong(rank) * p.b_rank_stride, w);
 #else
-        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(from[ulong(rank) * p.b_rank_stride + ulong(i) * p.b_column_stride]);
+        DEVICE const ADAPTER* of_rank = from + ulong(rank) * p.b_rank_stride;
+        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(of_rank[ulong(i) * p.b_column_stride]);
 #endif
         for (uint row = 0u; row < ROWS; row++) {
             const float share = s[row * RANK + rank];

@@ -95,8 +95,9 @@ KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(R
 }
 
 // Σ g·w·x·scale of a row; where the row is not LOOPED, x and g hold it and the gradient. Adds the squares of x too.
-DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row, DEVICE const T* weight,
-                         THREAD float* x, THREAD float* g, uint columns, float scale, THREAD float& squares) {
+DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row,
+                         DEVICE const T* weight, THREAD float* x, THREAD float* g, uint columns, float scale,
+                         THREAD float& squares) {
     float dot = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);

@@ -32,7 +32,8 @@ KERNEL(rope, DEVICE const T* x, DEVICE const TABLE* cosines, DEVICE const TABLE*
     if (unit >= p.units) return;
     const uint row = unit / p.units_per_row, in_row = unit % p.units_per_row;
     const uint position = row % p.positions, head = row / p.positions % p.heads, batch = row / p.positions / p.heads;
-    DEVICE const T* x_row = x + ulong(batch) * p.batch_stride + ulong(head) * p.head_stride + ulong(position) * p.position_stride;
+    const ulong in_entry = ulong(head) * p.head_stride + ulong(position) * p.position_stride;
+    DEVICE const T* x_row = x + ulong(batch) * p.batch_stride + in_entry;
     DEVICE T* y_row = y + ulong(row) * p.columns;
 
     if (in_row >= p.pair_units) {

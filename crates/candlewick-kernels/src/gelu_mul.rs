@@ -79,3 +79,22 @@ impl GeluMul {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::Role;
+
+    #[test]
+    fn outputs_are_those_wanted() {
+        let op = GeluMul { elements: 1003, storage: Storage::F16 };
+        for (gate, up) in [(true, true), (true, false), (false, true), (false, false)] {
+            let plan = op.backward(GeluMulGradients { gate, up }, Tuning::default()).unwrap();
+            plan.check().unwrap();
+            assert_eq!(plan.with_role(Role::Output).count(), usize::from(gate) + usize::from(up));
+            assert_eq!(plan.launches.len(), usize::from(gate || up));
+        }
+        let empty = GeluMul { elements: 0, ..op };
+        assert!(empty.forward(Tuning::default()).unwrap().launches.is_empty());
+    }
+}

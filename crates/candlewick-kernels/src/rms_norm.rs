@@ -123,3 +123,55 @@ impl RmsNorm {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch::Role;
+
+    fn defined(launch: &Launch, name: &str) -> usize {
+        launch.defines.iter().find(|define| define.0 == name).unwrap().1.parse().unwrap()
+    }
+
+    fn op(rows: usize, columns: usize, storage: Storage) -> RmsNorm {
+        RmsNorm { rows, columns, storage, weight: true, eps: 1e-6 }
+    }
+
+    #[test]
+    fn every_row_has_one_team() {
+        for storage in Storage::ALL {
+            for (rows, columns) in
+                [(1, 1), (1, 4096), (64, 1024), (257, 33), (4096, 64), (4096, 4097), (3, 131_072)]
+            {
+                let plan = op(rows, columns, storage).forward(Tuning::default()).unwrap();
+                plan.check().unwrap();
+                let launch = &plan.launches[0];
+                let teams = launch.threads as usize / 32 / defined(launch, "ROW_SIMDGROUPS");
+                let groups = launch.threadgroups[0] as usize;
+                assert!(groups * teams >= rows && (groups - 1) * teams < rows, "{rows} rows: {launch:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_over_rows_have_two_stages() {
+        let all = RmsNormGradients { x: true, weight: true };
+        let plan = op(4096, 1024, Storage::BF16).backward(all, Tuning::default()).unwrap();
+        plan.check().unwrap();
+        let kernels: Vec<_> = plan.launches.iter().map(|launch| launch.kernel).collect();
+        assert_eq!(kernels[0], "rms_norm_backward");
+        assert_eq!(kernels[1..], ["column_sum"; 1]);
+        assert_eq!(plan.with_role(Role::Output).count(), 2);
+        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 512 * 1024));
+    }
+
+    #[test]
+    fn what_nobody_wants_is_not_computed() {
+        let x_only = RmsNormGradients { x: true, weight: false };
+        let plan = op(64, 1024, Storage::F32).backward(x_only, Tuning::default()).unwrap();
+        assert_eq!((plan.launches.len(), plan.with_role(Role::Scratch).count()), (1, 0));
+        let nothing = RmsNormGradients { x: false, ..x_only };
+        assert!(op(64, 1024, Storage::F32).backward(nothing, Tuning::default()).unwrap().launches.is_empty());
+        assert!(op(0, 1024, Storage::F32).forward(Tuning::default()).unwrap().launches.is_empty());
+    }
+}

@@ -6,8 +6,13 @@
 
 #if WIDTH == 1
 
-template <typename U> DEVFN void load_chunk(DEVICE const U* from, THREAD float* values) { values[0] = to_f32(from[0]); }
-template <typename U> DEVFN void store_chunk(DEVICE U* to, THREAD const float* values) { to[0] = from_f32<U>(values[0]); }
+template <typename U> DEVFN void load_chunk(DEVICE const U* from, THREAD float* values) {
+    values[0] = to_f32(from[0]);
+}
+
+template <typename U> DEVFN void store_chunk(DEVICE U* to, THREAD const float* values) {
+    to[0] = from_f32<U>(values[0]);
+}
 
 #else
 
