@@ -31,16 +31,19 @@
 //! # What it does not see
 //! - An overrun that stays in its buffer: the next row of a matrix, for example. The result shows it.
 //! - Private variables that are read before they are written. They start with a pattern, so the result shows it.
+//! - A struct that is passed by value straight from shared memory, which GCC does not announce. The dialect's own
+//!   types are loaded in pieces, so that this does not arise.
 //! - Code that did not run. Sizes on both sides of every limit are the tests' business.
 //! - Apple's and NVIDIA's own arithmetic: fast math, flushed denormals, their `exp` and `log`.
 //! - How fast anything is.
 //!
 //! # How it works
 //! The text is compiled with `-fsanitize=thread` and linked without that library, so that every access to memory
-//! calls a function of ours ([`hooks`]). The shadow of each buffer ([`shadow`]) knows what was written, by whom, and
-//! between which barriers. Each thread is a fiber ([`fiber`]), which runs until it reaches a barrier or a simd
-//! operation; when all others have, they meet ([`threadgroup`]) and go on. Which of the threads runs next is drawn
-//! at random. Compiled texts are kept in a folder ([`toolchain`]).
+//! calls a function of ours (`runtime/hooks.cpp`, `hooks.rs`), which checks it (`machine.rs`). The shadow of each
+//! buffer (`shadow.rs`) knows what was written, by whom, and between which barriers. Each thread is a fiber
+//! (`fiber.rs`), which runs until it reaches a barrier or a simd operation; when all others have, they meet
+//! (`threadgroup.rs`) and go on. Which of the threads runs next is drawn at random. Compiled texts are kept in a
+//! folder (`toolchain.rs`).
 //!
 //! The host needs a C++17 compiler, GCC 12 or clang 16 and later (`CXX`, or `c++`), and `addr2line` for line
 //! numbers.

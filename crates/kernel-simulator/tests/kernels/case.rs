@@ -92,6 +92,11 @@ impl Case {
     }
 }
 
+/// The outputs of a backward that computes only some gradients.
+pub fn wanted_only<const N: usize>(gradients: [(bool, Vec<f64>); N]) -> Vec<Vec<f64>> {
+    gradients.into_iter().filter_map(|(wanted, gradient)| wanted.then_some(gradient)).collect()
+}
+
 /// The rule: no further from the exact result than twice a plain implementation in f32, plus two roundings of the
 /// largest value. Where the plain implementation overflows, eight roundings are all there is.
 fn judge(got: &[f64], exact: &[f64], reference: &[f64], element: Element) -> Result<(), String> {

@@ -81,9 +81,9 @@ impl Shown {
         let walked = Size { tuning: Tuning { max_threads: 64, ..Tuning::default() }, ..size(100, 4096) };
         match self {
             Self::RmsNorm => rms_norm::forward(size(3, 1000)),
-            Self::RmsNormBackward => rms_norm::backward(size(3, 1000), true, true),
+            Self::RmsNormBackward => rms_norm::backward(size(3, 1000)),
             Self::RmsNormManyRows => rms_norm::forward(size(260, 33)),
-            Self::RmsNormWalkedBackward => rms_norm::backward(walked, true, true),
+            Self::RmsNormWalkedBackward => rms_norm::backward(walked),
             Self::Softmax => softmax::forward(size(3, 1000), false),
             Self::SoftmaxBackward => softmax::backward(size(3, 1000)),
             Self::LayerNorm => layer_norm::forward(size(3, 1000)),

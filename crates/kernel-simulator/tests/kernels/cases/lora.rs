@@ -1,6 +1,6 @@
 //! `y = scaling · drop(x) · Aᵀ · B (+ base)`, with A as `[rank, inputs]` and B as `[rank, outputs]`.
 
-use crate::case::{Case, Size};
+use crate::case::{Case, Size, wanted_only};
 use crate::data::Tensor;
 use crate::oracle::Arithmetic;
 use candlewick_kernels::Storage;
@@ -16,7 +16,12 @@ pub fn delta_cases(size: Size) -> Vec<Case> {
 pub fn linear_cases(size: Size) -> Vec<Case> {
     let dropout = Some(Dropout { p: 0.25, seed: 0x0123_4567_89ab_cdef });
     let op = Lora { adapter: Storage::F32, dropout, base: true, ..peft(size, size.columns) };
-    vec![forward(size, op), backward(size, op)]
+    let mut cases = vec![forward(size, op), backward(size, op)];
+    if size.columns == 257 {
+        let only = [(true, false, false), (false, true, false), (false, false, true), (false, true, true)];
+        cases.extend(only.map(|(x, a, b)| backward_of(size, op, LoraGradients { x, a, b })));
+    }
+    cases
 }
 
 /// A `[rank, inputs]`, B `[outputs, rank]`.
@@ -161,10 +166,15 @@ pub fn forward(size: Size, op: Lora) -> Case {
 }
 
 pub fn backward(size: Size, op: Lora) -> Case {
+    backward_of(size, op, LoraGradients { x: true, a: true, b: true })
+}
+
+fn backward_of(size: Size, op: Lora, wanted: LoraGradients) -> Case {
     let data = Data::new(op, op.inputs);
-    let plan = op.backward(LoraGradients { x: true, a: true, b: true }, size.tuning).unwrap();
+    let plan = op.backward(wanted, size.tuning).unwrap();
     let mut inputs = vec![data.x.clone(), data.a.clone(), data.b.clone(), data.grad.clone()];
-    inputs.extend(op.base.then(|| data.base.clone()));
+    // What is added belongs to x's gradient alone.
+    inputs.extend((op.base && wanted.x).then(|| data.base.clone()));
     let inputs: Vec<_> = inputs.iter().collect();
     Case::new("lora backward", size, plan, &inputs, move |a| {
         let (x, grad) = (data.dropped_x(a), &data.grad.values);
@@ -173,11 +183,11 @@ pub fn backward(size: Size, op: Lora) -> Case {
         let grad_x = data.expand(a, &s_backward, op.inputs, |rank, input| data.a(rank, input));
         let dropped =
             grad_x.iter().enumerate().map(|(index, &g)| a.round(data.drop(a, index, g) + data.base(index)));
-        vec![
-            dropped.collect(),
-            data.factor_gradient(a, &s_backward, &x, op.inputs, op.a),
-            data.factor_gradient(a, &s_forward, grad, op.outputs, op.b),
-        ]
+        wanted_only([
+            (wanted.x, dropped.collect()),
+            (wanted.a, data.factor_gradient(a, &s_backward, &x, op.inputs, op.a)),
+            (wanted.b, data.factor_gradient(a, &s_forward, grad, op.outputs, op.b)),
+        ])
     })
 }
 
