@@ -270,9 +270,9 @@ impl Machine {
                 Finding::new(Kind::Limit, detail)
             }
         };
-        match self.stop(finding.in_buffer(name, 0), caller) {
-            Flow::Continue | Flow::Stop => None,
-        }
+        self.report(finding.in_buffer(name, 0), caller);
+        self.stopped = true;
+        None
     }
 
     /// Adds a finding of the running thread.

@@ -168,7 +168,7 @@ impl Threadgroup {
 
     /// The running thread's callers, from the innermost outwards.
     pub(crate) fn callers(&self) -> impl Iterator<Item = usize> {
-        self.fibers[self.current].calls.iter().rev().map(|&(caller, _)| caller)
+        self.fibers[self.current].callers()
     }
 
     /// Counts the running thread's threadgroup arrays: how many it declared before this one.
@@ -231,28 +231,31 @@ impl Threadgroup {
         }
     }
 
-    /// Describes where everybody stands, in the first simdgroup that is divided, or between simdgroups.
+    /// Describes where everybody stands: in the first simdgroup that is divided, or else in all of them.
     fn divergence(&self) -> Finding {
-        let divided = self.fibers.chunks(LANES).enumerate().find(|(_, lanes)| !together(lanes));
-        let (whose, fibers) = match divided {
-            Some((simdgroup, lanes)) => (format!("of simdgroup {simdgroup}"), lanes),
-            None => ("of the threadgroup".to_owned(), &self.fibers[..]),
+        let divided = self.fibers.chunks(LANES).position(|lanes| !together(lanes));
+        let (whose, first, fibers) = match divided {
+            Some(simdgroup) => {
+                let first = simdgroup * LANES;
+                (format!("of simdgroup {simdgroup}"), first, &self.fibers[first..][..LANES])
+            }
+            None => ("of the threadgroup".to_owned(), 0, &self.fibers[..]),
         };
         let mut places: BTreeMap<String, u32> = BTreeMap::new();
         for fiber in fibers {
             *places.entry(fiber.status.describe()).or_default() += 1;
         }
         let places: Vec<_> = places.iter().map(|(place, count)| format!("{count} {place}")).collect();
-        let simd = fibers
-            .iter()
-            .find(|fiber| matches!(fiber.status, Status::Waiting(Meeting { what: What::Simd(_), .. }, _)));
-        let kind = if simd.is_some() { Kind::DivergentSimd } else { Kind::DivergentBarrier };
-        let waiting = fibers.iter().find(|fiber| matches!(fiber.status, Status::Waiting(..)));
-        let stack =
-            waiting.map_or(Vec::new(), |fiber| fiber.calls.iter().rev().map(|&(caller, _)| caller).collect());
         let detail = format!("threads {whose}: {}", places.join(", "));
-        let thread = Thread { threadgroup: self.position, thread: 0 };
-        Finding { thread: None, ..Finding::new(kind, detail).at(stack, thread) }
+        let simd = fibers.iter().any(|fiber| fiber.status.waits_for_simdgroup());
+        let finding = Finding::new(if simd { Kind::DivergentSimd } else { Kind::DivergentBarrier }, detail);
+        match fibers.iter().position(|fiber| matches!(fiber.status, Status::Waiting(..))) {
+            Some(waiting) => {
+                let thread = Thread { threadgroup: self.position, thread: narrow(first + waiting) };
+                finding.at(fibers[waiting].callers().collect(), thread)
+            }
+            None => finding,
+        }
     }
 }
 
@@ -260,9 +263,25 @@ impl Fiber {
     fn new(suspended: Suspended) -> Self {
         Self { suspended, status: Status::Ready, result: 0, arrays: 0, calls: Vec::new() }
     }
+
+    /// Where it was called from, from the innermost call outwards.
+    fn callers(&self) -> impl Iterator<Item = usize> {
+        self.calls.iter().rev().map(|&(caller, _)| caller)
+    }
 }
 
 impl Status {
+    fn waits_for_simdgroup(&self) -> bool {
+        matches!(self, Self::Waiting(Meeting { what: What::Simd(_), .. }, _))
+    }
+
+    fn operand(&self) -> u32 {
+        match self {
+            Self::Waiting(_, operand) => *operand,
+            _ => 0,
+        }
+    }
+
     fn describe(&self) -> String {
         match self {
             Self::Ready => "ready".to_owned(),
@@ -310,15 +329,6 @@ fn combine(operation: u32, lanes: &mut [Fiber]) {
     for (lane, value) in lanes.iter_mut().zip(values) {
         lane.result = value;
         lane.status = Status::Ready;
-    }
-}
-
-impl Status {
-    fn operand(&self) -> u32 {
-        match self {
-            Self::Waiting(_, operand) => *operand,
-            _ => 0,
-        }
     }
 }
 
