@@ -180,17 +180,17 @@ impl Machine {
         }
         let thread = self.threadgroup.current().thread;
         let number = self.threadgroup.number;
-        let (epochs, simd_epochs) = self.threadgroup.epochs();
+        let epochs = self.threadgroup.epochs;
         let memory = &mut self.threadgroup.memory;
-        let (region, epoch, simd_epoch) = if memory.contains(access.address) {
-            (memory.find(&access.range()), epochs.threadgroup, simd_epochs.threadgroup)
+        let (region, epoch) = if memory.contains(access.address) {
+            (memory.find(&access.range()), epochs.threadgroup)
         } else {
-            (self.device.find(&access.range()), epochs.device, simd_epochs.device)
+            (self.device.find(&access.range()), epochs.device)
         };
         let Some(region) = region else {
             return self.stray(access);
         };
-        let now = Stamp { threadgroup: number, thread, epoch, simd_epoch };
+        let now = Stamp { threadgroup: number, thread, epoch };
         let offset = access.address - region.addresses.start;
         let checked = if !access.write {
             region.shadow.read(offset, access.bytes, now)

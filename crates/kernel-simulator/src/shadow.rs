@@ -1,15 +1,12 @@
 //! Shadow memory: for every two bytes that kernels share, whether they hold a value, and who touched them.
 //!
 //! Two accesses to the same place, one of them a write, are a race unless something orders them. In the
-//! dialect only barriers order, so time is counted in them. A threadgroup's *epoch* for a kind of memory
-//! advances at each `threadgroup_barrier` whose flags name that memory; a simdgroup's *simd epoch* advances at
-//! each such `simdgroup_barrier`. Accesses of two threads are ordered when their epochs differ, or, within one
-//! simdgroup, their simd epochs. Accesses of two threadgroups in one launch are never ordered.
+//! dialect only barriers order, so time is counted in them: a threadgroup's *epoch* for a kind of memory advances
+//! at each `threadgroup_barrier` whose flags name that memory. Accesses of two threads of a threadgroup are
+//! ordered when their epochs differ; accesses of two threadgroups in one launch never are.
 //!
 //! The verdict depends on these stamps alone and not on the order in which the simulator happened to run the
 //! threads: a race is found even where the outcome was harmless.
-
-use candlewick_kernels::launch::SIMDGROUP_SIZE;
 
 /// Bytes to a cell: the smallest storage type is 16 bits wide. Two different bytes of one cell count as one
 /// place, which no kernel of the dialect can notice.
@@ -18,40 +15,29 @@ const CELL_BYTES: usize = 2;
 /// When and by whom: one thread between two barriers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Stamp {
-    /// Linear index of the threadgroup in the grid.
+    /// A number that no other threadgroup of the launch has.
     pub(crate) threadgroup: u32,
     /// Linear index of the thread in its threadgroup.
     pub(crate) thread: u32,
     /// Barriers the threadgroup has passed for this kind of memory.
     pub(crate) epoch: u32,
-    /// Barriers the thread's simdgroup has passed for this kind of memory.
-    pub(crate) simd_epoch: u32,
 }
 
 impl Stamp {
-    fn same_simdgroup(self, other: Self) -> bool {
-        self.thread / SIMDGROUP_SIZE == other.thread / SIMDGROUP_SIZE
-    }
-
     /// Whether `self`, which came earlier, is ordered before `now`.
     fn before(self, now: Self) -> bool {
-        self.threadgroup == now.threadgroup
-            && (self.thread == now.thread
-                || self.epoch != now.epoch
-                || self.same_simdgroup(now) && self.simd_epoch != now.simd_epoch)
+        self.threadgroup == now.threadgroup && (self.thread == now.thread || self.epoch != now.epoch)
     }
 }
 
-/// Those who read a place since it was last written, as far as a later write must know: one stamp, and how
+/// Those who read a place since it was last written, as far as a later write must know: one of them, and how
 /// many stand behind it.
 #[derive(Clone, Copy, Default)]
 enum Readers {
     #[default]
     Nobody,
     Thread(Stamp),
-    /// Several threads of one simdgroup, in the same epochs.
-    Simdgroup(Stamp),
-    /// Threads of several simdgroups, in the same epoch.
+    /// Several threads of a threadgroup, in the same epoch.
     Threadgroup(Stamp),
     /// Threads of several threadgroups.
     Grid(Stamp),
@@ -59,7 +45,7 @@ enum Readers {
 
 impl Readers {
     fn and(self, now: Stamp) -> Self {
-        let (Self::Thread(one) | Self::Simdgroup(one) | Self::Threadgroup(one)) = self else {
+        let (Self::Thread(one) | Self::Threadgroup(one)) = self else {
             return if matches!(self, Self::Nobody) { Self::Thread(now) } else { self };
         };
         if one.threadgroup != now.threadgroup {
@@ -67,15 +53,10 @@ impl Readers {
         } else if one.epoch != now.epoch {
             // Readers before the barrier are ordered before every later write of this threadgroup.
             Self::Thread(now)
-        } else if matches!(self, Self::Threadgroup(_)) || !one.same_simdgroup(now) {
-            Self::Threadgroup(one)
-        } else if one.simd_epoch != now.simd_epoch {
-            // Whoever is unordered with a reader before the simdgroup's barrier is so with this one too.
-            Self::Thread(now)
         } else if one.thread == now.thread {
             self
         } else {
-            Self::Simdgroup(one)
+            Self::Threadgroup(one)
         }
     }
 
@@ -85,12 +66,6 @@ impl Readers {
             Self::Nobody => None,
             Self::Grid(one) => Some(one),
             Self::Thread(one) => (!one.before(now)).then_some(one),
-            Self::Simdgroup(one) => {
-                let ordered = one.threadgroup == now.threadgroup
-                    && (one.epoch != now.epoch
-                        || one.same_simdgroup(now) && one.simd_epoch != now.simd_epoch);
-                (!ordered).then_some(one)
-            }
             Self::Threadgroup(one) => {
                 let ordered = one.threadgroup == now.threadgroup && one.epoch != now.epoch;
                 (!ordered).then_some(one)
@@ -196,12 +171,12 @@ impl Shadow {
 mod tests {
     use super::*;
 
-    fn at(thread: u32, epoch: u32, simd_epoch: u32) -> Stamp {
-        Stamp { threadgroup: 0, thread, epoch, simd_epoch }
+    fn at(thread: u32, epoch: u32) -> Stamp {
+        Stamp { threadgroup: 0, thread, epoch }
     }
 
     fn other_group(thread: u32) -> Stamp {
-        Stamp { threadgroup: 1, ..at(thread, 0, 0) }
+        Stamp { threadgroup: 1, ..at(thread, 0) }
     }
 
     fn full() -> Shadow {
@@ -218,14 +193,14 @@ mod tests {
     #[test]
     fn a_read_before_any_write_is_uninitialised() {
         let mut shadow = Shadow::new(8, false);
-        assert_eq!(shadow.write(0, 4, at(0, 0, 0)), Ok(()));
-        assert_eq!(shadow.read(2, 4, at(0, 0, 0)), Err((4, Fault::Uninitialised)));
+        assert_eq!(shadow.write(0, 4, at(0, 0)), Ok(()));
+        assert_eq!(shadow.read(2, 4, at(0, 0)), Err((4, Fault::Uninitialised)));
         assert_eq!(shadow.unwritten(), Some((4, 4)));
     }
 
     #[test]
     fn a_write_races_with_a_read_of_another_thread_until_a_barrier() {
-        let (writer, same, later) = (at(0, 3, 0), at(40, 3, 0), at(40, 4, 0));
+        let (writer, same, later) = (at(0, 3), at(40, 3), at(40, 4));
         let mut shadow = full();
         assert_eq!(shadow.write(0, 4, writer), Ok(()));
         assert_eq!(race(shadow.read(0, 4, same)), Some(Conflict::Write(writer)));
@@ -235,40 +210,19 @@ mod tests {
     #[test]
     fn a_read_is_remembered_though_the_writer_read_last() {
         let mut shadow = full();
-        assert_eq!(shadow.read(0, 4, at(5, 0, 0)), Ok(()));
-        assert_eq!(shadow.read(0, 4, at(6, 0, 0)), Ok(()));
-        assert!(race(shadow.write(0, 4, at(6, 0, 0))).is_some());
-    }
-
-    #[test]
-    fn a_simdgroup_barrier_orders_its_own_lanes_only() {
-        let mut shadow = full();
-        assert_eq!(shadow.write(0, 2, at(0, 0, 0)), Ok(()));
-        assert_eq!(shadow.read(0, 2, at(1, 0, 1)), Ok(()));
-        assert_eq!(shadow.write(0, 2, at(2, 0, 2)), Ok(()));
-        assert!(race(shadow.read(0, 2, at(33, 0, 1))).is_some());
-    }
-
-    #[test]
-    fn readers_before_a_simdgroup_barrier_still_race_with_other_simdgroups() {
-        let mut shadow = full();
-        assert_eq!(shadow.read(0, 2, at(0, 0, 0)), Ok(()));
-        assert_eq!(shadow.read(0, 2, at(1, 0, 1)), Ok(()));
-        assert!(race(shadow.write(0, 2, at(64, 0, 0))).is_some());
-        let mut shadow = full();
-        assert_eq!(shadow.read(0, 2, at(0, 0, 0)), Ok(()));
-        assert_eq!(shadow.read(0, 2, at(1, 0, 1)), Ok(()));
-        assert_eq!(shadow.write(0, 2, at(1, 0, 1)), Ok(()));
+        assert_eq!(shadow.read(0, 4, at(5, 0)), Ok(()));
+        assert_eq!(shadow.read(0, 4, at(6, 0)), Ok(()));
+        assert!(race(shadow.write(0, 4, at(6, 0))).is_some());
     }
 
     #[test]
     fn threadgroups_are_never_ordered() {
         let mut shadow = full();
-        assert_eq!(shadow.read(0, 2, at(0, 0, 0)), Ok(()));
+        assert_eq!(shadow.read(0, 2, at(0, 0)), Ok(()));
         assert_eq!(shadow.read(0, 2, other_group(0)), Ok(()));
         assert!(race(shadow.write(0, 2, other_group(0))).is_some());
         let mut shadow = full();
-        assert_eq!(shadow.write(0, 2, at(0, 0, 0)), Ok(()));
+        assert_eq!(shadow.write(0, 2, at(0, 0)), Ok(()));
         assert!(race(shadow.read(0, 2, other_group(7))).is_some());
         shadow.next_launch();
         assert_eq!(shadow.read(0, 2, other_group(7)), Ok(()));
@@ -278,8 +232,8 @@ mod tests {
     fn a_thread_never_races_with_itself() {
         let mut shadow = full();
         for _ in 0..2 {
-            assert_eq!(shadow.read(0, 4, at(9, 0, 0)), Ok(()));
-            assert_eq!(shadow.write(0, 4, at(9, 0, 0)), Ok(()));
+            assert_eq!(shadow.read(0, 4, at(9, 0)), Ok(()));
+            assert_eq!(shadow.write(0, 4, at(9, 0)), Ok(()));
         }
     }
 }

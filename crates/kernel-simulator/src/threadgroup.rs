@@ -92,9 +92,8 @@ pub(crate) struct Threadgroup {
     /// A number that no other threadgroup of the launch has.
     pub(crate) number: u32,
     pub(crate) memory: ThreadgroupMemory,
-    epochs: Epochs,
-    /// The same for barriers of one simdgroup.
-    simd_epochs: Vec<Epochs>,
+    /// Barriers that its threads have passed.
+    pub(crate) epochs: Epochs,
     fibers: Vec<Fiber>,
     /// Threads that may run, the next one last.
     ready: Vec<usize>,
@@ -109,7 +108,6 @@ impl Threadgroup {
             number: 0,
             memory: ThreadgroupMemory::new(),
             epochs: Epochs::default(),
-            simd_epochs: Vec::new(),
             fibers: Vec::new(),
             ready: Vec::new(),
             current: 0,
@@ -124,8 +122,6 @@ impl Threadgroup {
         self.memory.clear();
         self.fibers.clear();
         self.fibers.extend(threads.map(Fiber::new));
-        self.simd_epochs.clear();
-        self.simd_epochs.resize(self.fibers.len().div_ceil(LANES), Epochs::default());
         self.ready.clear();
         self.ready.extend(0..self.fibers.len());
     }
@@ -133,11 +129,6 @@ impl Threadgroup {
     /// The thread that runs.
     pub(crate) fn current(&self) -> Thread {
         Thread { threadgroup: self.position, thread: narrow(self.current) }
-    }
-
-    /// Barriers that the running thread has passed: with its threadgroup, and with its simdgroup alone.
-    pub(crate) fn epochs(&self) -> (Epochs, Epochs) {
-        (self.epochs, self.simd_epochs[self.current / LANES])
     }
 
     pub(crate) fn resume(&mut self, thread: usize) -> Suspended {
