@@ -12,6 +12,13 @@ typedef unsigned long ulong;  // glibc has exactly this
 typedef __SIZE_TYPE__ size_t;
 typedef __UINT32_TYPE__ uint32_t;
 
+// A barrier may wait in any function: calls in two branches stay two places, and one call stays one.
+#ifdef __clang__
+#define SIMULATOR_ONE_PLACE __attribute__((nomerge, convergent))
+#else
+#define SIMULATOR_ONE_PLACE
+#endif
+
 extern "C" {
 struct SimulatorContext {
     uint32_t threadgroup[3];  // TG_POS
@@ -23,9 +30,9 @@ struct SimulatorContext {
 };
 enum SimulatorSimd { SIMULATOR_SUM_F32, SIMULATOR_SUM_U32, SIMULATOR_MAX_F32, SIMULATOR_MIN_U32 };
 // One simdgroup operation: gives this lane's bits, returns this lane's result. All lanes must come to the same site.
-uint32_t simulator_simd(uint32_t operation, uint32_t bits, const char* file, int line);
+SIMULATOR_ONE_PLACE uint32_t simulator_simd(uint32_t operation, uint32_t bits, const char* file, int line);
 // A threadgroup barrier; flags: 1 device memory, 2 threadgroup memory.
-void simulator_barrier(uint32_t flags, const char* file, int line);
+SIMULATOR_ONE_PLACE void simulator_barrier(uint32_t flags, const char* file, int line);
 // This threadgroup's array of that name. Called by every thread, in the same order.
 void* simulator_threadgroup_array(size_t bytes, size_t align, const char* name, const char* file, int line);
 // A vector access is about to happen: check the alignment. The access itself comes through __tsan_*.
@@ -55,12 +62,7 @@ struct alignas(16) uint4 { uint x, y, z, w; };
 #define THREAD
 
 // ---- declarations ----
-#ifdef __clang__
-// Calls of one function in two branches are two places: a barrier may wait in it.
-#define DEVFN static inline __attribute__((unused, nomerge))
-#else
-#define DEVFN static inline __attribute__((unused))
-#endif
+#define DEVFN static inline __attribute__((unused)) SIMULATOR_ONE_PLACE
 #define KERNEL(name, ...)                                                                          \
     static void name(const SimulatorContext& simulator_context, __VA_ARGS__);                      \
     extern "C" SIMULATOR_HIDDEN void SIMULATOR_KERNEL(name)(void** arguments,                       \
