@@ -1,0 +1,188 @@
+// Layer norm over the last dimension, forward and backward.
+//
+//   y  = x̂ · w + b                 x̂ = (x − mean(x)) · r        r = 1 / √(mean((x − mean(x))²) + eps)
+//   dx = r · (g·w − mean(g·w) − x̂ · mean(g·w·x̂))
+//   dw = Σ_rows g · x̂        db = Σ_rows g
+//
+// Memory. As rms_norm: the row stays in registers, mean and r are recomputed by the backward, the sums over rows are
+// per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
+// second pass over the registers: the difference of mean square and squared mean would cancel.
+//
+// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by
+// the largest one's power of two.
+
+struct LayerNormParams {
+    uint rows;
+    uint columns;
+    uint teams;  // backward: row, row + teams, row + 2·teams … are one team's
+    float eps;
+};
+
+DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+    // Dividing before adding keeps the sum of a row of large values finite.
+    const float share = 1.0f / float(columns);
+    float sum = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        load_chunk(x_row + column, x + held_at(k));
+        for (uint i = 0u; i < WIDTH; i++) sum = fma(x[held_at(k) + i], share, sum);
+    }
+    return row_sum(team, sum);
+}
+
+DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
+                        float scale) {
+    float squares = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) load_chunk(x_row + column, x);
+        for (uint i = 0u; i < WIDTH; i++) {
+            const float v = (x[held_at(k) + i] - mean) * scale;
+            squares = fma(v, v, squares);
+        }
+    }
+    return row_sum(team, squares) / float(columns);
+}
+
+DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns,
+                             float mean) {
+    float largest = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) load_chunk(x_row + column, x);
+        for (uint i = 0u; i < WIDTH; i++) largest = fmax(largest, fabs(x[held_at(k) + i] - mean));
+    }
+    return row_max(team, largest);
+}
+
+// Loads the row into x (all of it where it is held) and takes its mean; gives r.
+DEVFN float moments_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps,
+                       THREAD float& mean) {
+    mean = mean_of(team, x_row, x, columns);
+    const float square = mean_square(team, x_row, x, columns, mean, 1.0f);
+    if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
+    const float largest = largest_distance(team, x_row, x, columns, mean);
+    // A row of equal values, and one that holds an infinity, have no better scale.
+    if (!(largest > 0.0f && largest < INFINITY)) return 1.0f / precise::sqrt(square + eps);
+    const float scale = 1.0f / row_scale(largest);
+    const float scaled = mean_square(team, x_row, x, columns, mean, scale);
+    return scale / precise::sqrt(scaled + (eps * scale) * scale);
+}
+
+KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bias, DEVICE T* y,
+       PARAM(LayerNormParams, p)) {
+    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
+    const Team team = {scratch, LANE, SIMD_ID};
+    const uint row = team_index(team, TG_POS.x, N_SIMD);
+    if (row >= p.rows) return;
+    DEVICE const T* x_row = x + ulong(row) * p.columns;
+    DEVICE T* y_row = y + ulong(row) * p.columns;
+
+    float values[HELD];
+    float mean;
+    const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
+    for (uint k = 0u; k < row_chunks(p.columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= p.columns) continue;
+        THREAD float* chunk = values + held_at(k);
+        if (LOOPED) load_chunk(x_row + column, chunk);
+        for (uint i = 0u; i < WIDTH; i++) chunk[i] = (chunk[i] - mean) * r;
+        if (WEIGHT) {
+            float w[WIDTH];
+            load_chunk(weight + column, w);
+            for (uint i = 0u; i < WIDTH; i++) chunk[i] *= w[i];
+        }
+        if (BIAS) {
+            float b[WIDTH];
+            load_chunk(bias + column, b);
+            for (uint i = 0u; i < WIDTH; i++) chunk[i] += b[i];
+        }
+        store_chunk(y_row + column, chunk);
+    }
+}
+
+KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
+       DEVICE float* weight_partial, DEVICE float* bias_partial, PARAM(LayerNormParams, p)) {
+    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
+    const Team team = {scratch, LANE, SIMD_ID};
+    const uint first = team_index(team, TG_POS.x, N_SIMD);
+    if (first >= p.teams) return;
+    DEVICE float* weight_row = weight_partial + ulong(first) * p.columns;
+    DEVICE float* bias_row = bias_partial + ulong(first) * p.columns;
+
+    float weight_sums[HELD];
+    float bias_sums[HELD];
+    for (uint i = 0u; i < HELD; i++) {
+        weight_sums[i] = 0.0f;
+        bias_sums[i] = 0.0f;
+    }
+    for (uint row = first; row < p.rows; row += p.teams) {
+        DEVICE const T* x_row = x + ulong(row) * p.columns;
+        DEVICE const T* grad_row = grad + ulong(row) * p.columns;
+        float values[HELD];
+        float grads[HELD];
+        float mean;
+        const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
+
+        // x becomes x̂, g becomes g·w; the sums over rows take g on the way.
+        float dot = 0.0f;
+        float sum = 0.0f;
+        for (uint k = 0u; k < row_chunks(p.columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column >= p.columns) continue;
+            THREAD float* normal = values + held_at(k);
+            THREAD float* g = grads + held_at(k);
+            if (LOOPED) load_chunk(x_row + column, normal);
+            load_chunk(grad_row + column, g);
+            float w[WIDTH];
+            if (WEIGHT) load_chunk(weight + column, w);
+            for (uint i = 0u; i < WIDTH; i++) {
+                normal[i] = (normal[i] - mean) * r;
+                const float taken = g[i] * normal[i];
+                if (!LOOPED) {
+                    weight_sums[held_at(k) + i] += taken;
+                    bias_sums[held_at(k) + i] += g[i];
+                }
+                // Too long for registers: this thread's columns of the partial rows are the accumulators.
+                if (WEIGHT_GRAD && LOOPED)
+                    weight_row[column + i] = row == first ? taken : weight_row[column + i] + taken;
+                if (BIAS_GRAD && LOOPED) bias_row[column + i] = row == first ? g[i] : bias_row[column + i] + g[i];
+                if (WEIGHT) g[i] *= w[i];
+                dot = fma(g[i], normal[i], dot);
+                sum += g[i];
+            }
+        }
+        if (!INPUT_GRAD) continue;
+        row_sum2(team, dot, sum);
+        const float mean_dot = dot / float(p.columns), mean_grad = sum / float(p.columns);
+        for (uint k = 0u; k < row_chunks(p.columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column >= p.columns) continue;
+            THREAD float* normal = values + held_at(k);
+            THREAD float* g = grads + held_at(k);
+            if (LOOPED) {
+                load_chunk(x_row + column, normal);
+                load_chunk(grad_row + column, g);
+                float w[WIDTH];
+                if (WEIGHT) load_chunk(weight + column, w);
+                for (uint i = 0u; i < WIDTH; i++) {
+                    normal[i] = (normal[i] - mean) * r;
+                    if (WEIGHT) g[i] *= w[i];
+                }
+            }
+            for (uint i = 0u; i < WIDTH; i++) g[i] = r * fma(-normal[i], mean_dot, g[i] - mean_grad);
+            store_chunk(grad_x + ulong(row) * p.columns + column, g);
+        }
+    }
+    if (!LOOPED) {
+        for (uint k = 0u; k < row_chunks(p.columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column >= p.columns) continue;
+            if (WEIGHT_GRAD) store_chunk(weight_row + column, weight_sums + held_at(k));
+            if (BIAS_GRAD) store_chunk(bias_row + column, bias_sums + held_at(k));
+        }
+    }
+}

@@ -1,0 +1,183 @@
+// RMS norm over the last dimension, forward and backward.
+//
+//   y  = x · r · w                 r = 1 / √(mean(x²) + eps)
+//   dx = r · (g·w − x̂ · mean(g·w·x̂))        x̂ = x · r
+//   dw = Σ_rows g · x̂
+//
+// Memory. Forward reads x once and writes y once: the row stays in registers between the sum and the scaling.
+// Backward reads x and g once, writes dx once, and recomputes r instead of having it saved: x is needed anyway, and
+// Σ x² and Σ g·w·x share their barriers.
+// The weight's gradient is a sum over rows. Each team walks many rows, keeps its columns' sums in registers and
+// writes one partial row; column_sum adds those. No atomics, so the same input gives the same bits.
+//
+// Launch. Short rows, many of them: one simdgroup a row, no barrier. Otherwise a threadgroup a row; its size
+// follows the row's length. Rows beyond the registers are walked in passes.
+//
+// Range. x² leaves f32 from 1.8e19 up and 1e-19 down, and a sum of squares earlier. When the mean square comes out
+// beyond [1e-28, 3e38] it is taken again with the row divided by the power of two of its largest magnitude. The test
+// is the same in the whole team, costs nothing, and the second pass runs for such rows only.
+
+struct RmsNormParams {
+    uint rows;
+    uint columns;
+    uint teams;  // backward: row, row + teams, row + 2·teams … are one team's
+    float eps;
+};
+
+DEVFN float largest_magnitude(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+    float largest = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) load_chunk(x_row + column, x);
+        for (uint i = 0u; i < WIDTH; i++) largest = fmax(largest, fabs(x[held_at(k) + i]));
+    }
+    return row_max(team, largest);
+}
+
+DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float scale) {
+    float squares = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) load_chunk(x_row + column, x);
+        for (uint i = 0u; i < WIDTH; i++) {
+            const float v = x[held_at(k) + i] * scale;
+            squares = fma(v, v, squares);
+        }
+    }
+    return row_sum(team, squares) / float(columns);
+}
+
+// r of a row; where the row is not LOOPED, x holds it.
+DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
+    const float square = mean_square(team, x_row, x, columns, 1.0f);
+    if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
+    const float largest = largest_magnitude(team, x_row, x, columns);
+    // A row of zeros, and one that holds an infinity, have no better scale.
+    if (!(largest > 0.0f && largest < INFINITY)) return 1.0f / precise::sqrt(square + eps);
+    const float scale = 1.0f / row_scale(largest);
+    const float scaled = mean_square(team, x_row, x, columns, scale);
+    return scale / precise::sqrt(scaled + (eps * scale) * scale);
+}
+
+// Loads a row that fits into registers; one that does not is loaded by every pass.
+DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
+    if (!LOOPED) {
+        for (uint k = 0u; k < row_chunks(columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column < columns) load_chunk(row + column, values + held_at(k));
+        }
+    }
+}
+
+KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(RmsNormParams, p)) {
+    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
+    const Team team = {scratch, LANE, SIMD_ID};
+    const uint row = team_index(team, TG_POS.x, N_SIMD);
+    if (row >= p.rows) return;
+    DEVICE const T* x_row = x + ulong(row) * p.columns;
+    DEVICE T* y_row = y + ulong(row) * p.columns;
+
+    float values[HELD];
+    load_row(team, x_row, values, p.columns);
+    const float r = inverse_rms(team, x_row, values, p.columns, p.eps);
+    for (uint k = 0u; k < row_chunks(p.columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= p.columns) continue;
+        THREAD float* chunk = values + held_at(k);
+        if (LOOPED) load_chunk(x_row + column, chunk);
+        float w[WIDTH];
+        if (WEIGHT) load_chunk(weight + column, w);
+        for (uint i = 0u; i < WIDTH; i++) chunk[i] = WEIGHT ? chunk[i] * r * w[i] : chunk[i] * r;
+        store_chunk(y_row + column, chunk);
+    }
+}
+
+// Σ g·w·x·scale of a row; where the row is not LOOPED, x and g hold it and the gradient. Adds the squares of x too.
+DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row,
+                         DEVICE const T* weight, THREAD float* x, THREAD float* g, uint columns, float scale,
+                         THREAD float& squares) {
+    float dot = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) {
+            load_chunk(x_row + column, x);
+            load_chunk(grad_row + column, g);
+        }
+        float w[WIDTH];
+        if (WEIGHT) load_chunk(weight + column, w);
+        for (uint i = 0u; i < WIDTH; i++) {
+            const float v = x[held_at(k) + i], weighted = WEIGHT ? g[held_at(k) + i] * w[i] : g[held_at(k) + i];
+            squares = fma(v, v, squares);
+            dot = fma(weighted, v * scale, dot);
+        }
+    }
+    return dot;
+}
+
+KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
+       DEVICE float* partial, PARAM(RmsNormParams, p)) {
+    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
+    const Team team = {scratch, LANE, SIMD_ID};
+    const uint first = team_index(team, TG_POS.x, N_SIMD);
+    if (first >= p.teams) return;
+    DEVICE float* partial_row = partial + ulong(first) * p.columns;
+
+    float weight_sums[HELD];
+    for (uint i = 0u; i < HELD; i++) weight_sums[i] = 0.0f;
+    for (uint row = first; row < p.rows; row += p.teams) {
+        DEVICE const T* x_row = x + ulong(row) * p.columns;
+        DEVICE const T* grad_row = grad + ulong(row) * p.columns;
+        float values[HELD];
+        float grads[HELD];
+        load_row(team, x_row, values, p.columns);
+        load_row(team, grad_row, grads, p.columns);
+
+        // Both sums at once, as if r were 1; again with r in its place where that leaves f32.
+        float squares = 0.0f;
+        float dot = weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, 1.0f, squares);
+        row_sum2(team, squares, dot);
+        const float square = squares / float(p.columns);
+        float r = 1.0f / precise::sqrt(square + p.eps);
+        dot *= r;
+        if (!(square + p.eps >= 1e-28f && square <= 3e38f && fabs(dot) <= 3e38f)) {
+            r = inverse_rms(team, x_row, values, p.columns, p.eps);
+            dot = row_sum(team, weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, r, squares));
+        }
+        const float mean = dot / float(p.columns);
+
+        for (uint k = 0u; k < row_chunks(p.columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column >= p.columns) continue;
+            THREAD float* normal = values + held_at(k);
+            THREAD float* g = grads + held_at(k);
+            THREAD float* sums = weight_sums + held_at(k);
+            if (LOOPED) {
+                load_chunk(x_row + column, normal);
+                load_chunk(grad_row + column, g);
+            }
+            float w[WIDTH];
+            if (WEIGHT) load_chunk(weight + column, w);
+            for (uint i = 0u; i < WIDTH; i++) {
+                normal[i] *= r;
+                sums[i] = LOOPED ? g[i] * normal[i] : fma(g[i], normal[i], sums[i]);
+                const float weighted = WEIGHT ? g[i] * w[i] : g[i];
+                g[i] = r * fma(-normal[i], mean, weighted);
+            }
+            if (INPUT_GRAD) store_chunk(grad_x + ulong(row) * p.columns + column, g);
+            if (WEIGHT_GRAD && LOOPED) {
+                // Too long for registers: this thread's columns of the partial row are the accumulator.
+                for (uint i = 0u; i < WIDTH; i++)
+                    partial_row[column + i] = row == first ? sums[i] : partial_row[column + i] + sums[i];
+            }
+        }
+    }
+    if (WEIGHT_GRAD && !LOOPED) {
+        for (uint k = 0u; k < row_chunks(p.columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column < p.columns) store_chunk(partial_row + column, weight_sums + held_at(k));
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The planted bugs, by the file they are planted in.
+
+use crate::mutants::{Change, Mutant, Shown};
+use candlewick_kernels::Plan;
+use kernel_simulator::Kind;
+
+const fn text(
+    shown_by: Shown,
+    name: &'static str,
+    kinds: &'static [Kind],
+    from: &'static str,
+    to: &'static str,
+) -> Mutant {
+    Mutant { name, shown_by, change: Change::Text(from, to), kinds }
+}
+
+const fn plan(shown_by: Shown, name: &'static str, kinds: &'static [Kind], change: fn(&mut Plan)) -> Mutant {
+    Mutant { name, shown_by, change: Change::Plan(change), kinds }
+}
+
+const RACE: &[Kind] = &[Kind::Race];
+const GRID_RACE: &[Kind] = &[Kind::GridRace];
+const ANY_RACE: &[Kind] = &[Kind::Race, Kind::GridRace];
+const OUT_OF_BOUNDS: &[Kind] = &[Kind::OutOfBounds];
+const UNINITIALISED: &[Kind] = &[Kind::Uninitialised];
+const UNWRITTEN: &[Kind] = &[Kind::Unwritten];
+const WRITE_TO_INPUT: &[Kind] = &[Kind::WriteToInput];
+const DIVERGENT_BARRIER: &[Kind] = &[Kind::DivergentBarrier];
+const DIVERGENT_SIMD: &[Kind] = &[Kind::DivergentSimd];
+const MISALIGNED: &[Kind] = &[Kind::Misaligned];
+const LIMIT: &[Kind] = &[Kind::Limit];
+
+#[rustfmt::skip]
+pub const MUTANTS: &[Mutant] = &[
+    // ---- common/row.h ----
+    text(Shown::RmsNorm, "row_sum: no barrier before the sums are read", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team", "v = simd_sum(team"),
+    text(Shown::RmsNorm, "row_sum: a barrier that orders nothing", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team",
+        "threadgroup_barrier(mem_flags::mem_none);\n    v = simd_sum(team"),
+    text(Shown::RmsNorm, "row_sum: a barrier that orders the wrong memory", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team",
+        "threadgroup_barrier(mem_flags::mem_device);\n    v = simd_sum(team"),
+    text(Shown::LayerNorm, "row_sum: no barrier before the scratch is used again", RACE,
+        "scratch[team.lane] : 0.0f);\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "scratch[team.lane] : 0.0f);"),
+    text(Shown::RmsNorm, "row_sum: lanes without a simdgroup read the scratch too", UNINITIALISED,
+        "team.lane < uint(ROW_SIMDGROUPS) ? team.scratch[team.lane] : 0.0f", "team.scratch[team.lane]"),
+    text(Shown::RmsNorm, "row_sum: every lane writes its simdgroup's sum", RACE,
+        "v = simd_sum(v);\n#if ROW_SIMDGROUPS > 1\n    if (team.lane == 0u) team", "v = simd_sum(v);\n#if ROW_SIMDGROUPS > 1\n    team"),
+    text(Shown::RmsNorm, "row_sum: written beyond the scratch", OUT_OF_BOUNDS,
+        "v = simd_sum(v);\n#if ROW_SIMDGROUPS > 1\n    if (team.lane == 0u) team.scratch[team.simdgroup]",
+        "v = simd_sum(v);\n#if ROW_SIMDGROUPS > 1\n    if (team.lane == 0u) team.scratch[team.simdgroup * 5u]"),
+    text(Shown::RmsNorm, "row_sum: a barrier for the first simdgroup only", DIVERGENT_BARRIER,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team",
+        "if (team.simdgroup == 0u) threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team"),
+    text(Shown::RmsNorm, "row_sum: a barrier for the first lanes only", DIVERGENT_SIMD,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team",
+        "if (team.lane == 0u) threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_sum(team"),
+    text(Shown::RmsNorm, "row_sum: a simd operation for some lanes only", DIVERGENT_SIMD,
+        "v = simd_sum(team.lane < uint(ROW_SIMDGROUPS) ? team.scratch[team.lane] : 0.0f);",
+        "if (team.lane < uint(ROW_SIMDGROUPS)) v = simd_sum(team.scratch[team.lane]);"),
+    text(Shown::Softmax, "row_max: no barrier before the maxima are read", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    v = simd_max(team", "v = simd_max(team"),
+    text(Shown::Softmax, "row_max: no barrier before the scratch is used again", RACE,
+        ": -INFINITY);\n    threadgroup_barrier(mem_flags::mem_threadgroup);", ": -INFINITY);"),
+
+    // ---- common/chunk.h ----
+    text(Shown::RmsNorm, "load_chunk: one element further", MISALIGNED, "vector_load(from + i)", "vector_load(from + i + 1u)"),
+    text(Shown::Softmax, "store_chunk: one vector further", OUT_OF_BOUNDS, "vector_store(to + i, v)", "vector_store(to + i + 4u, v)"),
+
+    // ---- rms_norm.metal ----
+    text(Shown::RmsNormManyRows, "rows beyond the last", OUT_OF_BOUNDS, "if (row >= p.rows) return;", ""),
+    text(Shown::RmsNorm, "columns beyond the last are scaled", OUT_OF_BOUNDS,
+        "if (column >= p.columns) continue;\n        THREAD float* chunk", "THREAD float* chunk"),
+    text(Shown::RmsNorm, "columns beyond the last are loaded", OUT_OF_BOUNDS, "if (column < columns) load_chunk(row", "load_chunk(row"),
+    text(Shown::RmsNorm, "the result goes where x came from", WRITE_TO_INPUT,
+        "store_chunk(y_row + column, chunk)", "store_chunk((DEVICE T*)x_row + column, chunk)"),
+    text(Shown::RmsNorm, "every row goes to the first", GRID_RACE,
+        "DEVICE T* y_row = y + ulong(row) * p.columns", "DEVICE T* y_row = y"),
+    text(Shown::RmsNorm, "a chunk is left out", UNWRITTEN,
+        "store_chunk(y_row + column, chunk)", "if (column != 400u) store_chunk(y_row + column, chunk)"),
+    text(Shown::RmsNormBackward, "a row that never ends", &[Kind::Endless], "row += p.teams", "row += 0u"),
+    text(Shown::RmsNormBackward, "all teams share a partial row", GRID_RACE, "partial + ulong(first) * p.columns", "partial"),
+    text(Shown::RmsNormWalkedBackward, "partial sums that start with nothing", UNINITIALISED,
+        "row == first ? sums[i] : partial_row[column + i] + sums[i]", "partial_row[column + i] + sums[i]"),
+    text(Shown::RmsNormBackward, "the sums of the weight go to the wrong stretch", OUT_OF_BOUNDS,
+        "store_chunk(partial_row + column,", "store_chunk(partial_row + p.columns + column,"),
+    text(Shown::RmsNormBackward, "the weight's partial sums are not stored", UNINITIALISED,
+        "if (column < p.columns) store_chunk(partial_row", "if (column < p.columns / 2u) store_chunk(partial_row"),
+
+    // ---- column_sum.metal ----
+    text(Shown::RmsNormWalkedBackward, "column_sum: no barrier", RACE,
+        "= sum;\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "= sum;"),
+    text(Shown::RmsNormBackward, "column_sum: columns beyond the last are read", OUT_OF_BOUNDS,
+        "if (column < p.columns) {\n        for (uint part", "{\n        for (uint part"),
+    text(Shown::RmsNormBackward, "column_sum: columns beyond the last are written", OUT_OF_BOUNDS,
+        "if (SIMD_ID == 0u && column < p.columns)", "if (SIMD_ID == 0u)"),
+    text(Shown::RmsNormWalkedBackward, "column_sum: every simdgroup writes the total", RACE,
+        "if (SIMD_ID == 0u && column < p.columns)", "if (column < p.columns)"),
+    text(Shown::RmsNormBackward, "column_sum: too few strips", OUT_OF_BOUNDS,
+        "TG_ARRAY(float, strips, SIMDGROUP_SIZE * STRIPS)", "TG_ARRAY(float, strips, SIMDGROUP_SIZE * (STRIPS - 1u))"),
+    text(Shown::RmsNormBackward, "column_sum: a strip too many is added", OUT_OF_BOUNDS, "strip < STRIPS", "strip <= STRIPS"),
+
+    // ---- softmax.metal ----
+    text(Shown::Softmax, "threads without columns leave", DIVERGENT_SIMD,
+        "    const uint visible = visible_columns(",
+        "    if (chunk_column(team, 0u) >= p.columns) return;\n    const uint visible = visible_columns("),
+    text(Shown::Softmax, "one helper, called in two branches", DIVERGENT_SIMD,
+        "largest = row_max(team, largest);",
+        "if (LANE % 2u == 0u) largest = row_max(team, largest); else largest = row_max(team, 2.0f * largest);"),
+    text(Shown::SoftmaxBackward, "every row goes to the first", GRID_RACE, "grad_x + start + column", "grad_x + column"),
+    text(Shown::SoftmaxBackward, "the gradient is read from the row after", OUT_OF_BOUNDS,
+        "load_chunk(grad + start + column, g);\n        for", "load_chunk(grad + start + p.columns + column, g);\n        for"),
+
+    // ---- layer_norm.metal ----
+    text(Shown::LayerNorm, "columns beyond the last are loaded", OUT_OF_BOUNDS,
+        "if (column >= columns) continue;\n        load_chunk(x_row + column, x + held_at(k));", "load_chunk(x_row + column, x + held_at(k));"),
+    text(Shown::LayerNorm, "the bias is read beyond its end", OUT_OF_BOUNDS, "load_chunk(bias + column, b)", "load_chunk(bias + column + 4u, b)"),
+    text(Shown::LayerNormBackward, "the bias' partial sums go to the weight's", UNINITIALISED,
+        "bias_row = bias_partial +", "bias_row = weight_partial +"),
+    text(Shown::LayerNormBackward, "a private array is overrun", OUT_OF_BOUNDS, "bias_sums[held_at(k) + i] += g[i]", "bias_sums[held_at(k) + i + HELD] += g[i]"),
+    text(Shown::LayerNorm, "too little scratch", OUT_OF_BOUNDS,
+        "TG_ARRAY(float, scratch, SIMDGROUP_SIZE);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row",
+        "TG_ARRAY(float, scratch, 4);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row"),
+    text(Shown::LayerNorm, "more scratch than the launch says", LIMIT,
+        "TG_ARRAY(float, scratch, SIMDGROUP_SIZE);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row",
+        "TG_ARRAY(float, scratch, SIMDGROUP_SIZE + 1u);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row"),
+    text(Shown::LayerNorm, "more scratch than any device has", LIMIT,
+        "TG_ARRAY(float, scratch, SIMDGROUP_SIZE);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row",
+        "TG_ARRAY(float, scratch, 8193);\n    const Team team = {scratch, LANE, SIMD_ID};\n    const uint row"),
+    text(Shown::LayerNorm, "a division by zero", &[Kind::Undefined],
+        "    const uint row = team_index(team, TG_POS.x, N_SIMD);", "    const uint row = team_index(team, TG_POS.x, N_SIMD) + 1u / (LANE / SIMDGROUP_SIZE);"),
+
+    // ---- rope.metal ----
+    text(Shown::Rope, "units beyond the last", OUT_OF_BOUNDS, "if (unit >= p.units) return;", ""),
+    text(Shown::Rope, "the tables' rows are taken for longer", OUT_OF_BOUNDS, "ulong(position) * (p.rotary / 2u)", "ulong(position) * p.rotary"),
+    text(Shown::Rope, "heads share their rows", ANY_RACE, "DEVICE T* y_row = y + ulong(row) * p.columns", "DEVICE T* y_row = y + ulong(position) * p.columns"),
+    text(Shown::Rope, "the second half is not stored", UNWRITTEN, "store_chunk(y_row + high, z + WIDTH);", ""),
+    text(Shown::Rope, "x is read one element further", MISALIGNED, "load_chunk(x_row + low, z);", "load_chunk(x_row + low + 1u, z);"),
+    text(Shown::RopeInterleaved, "what passes through is lost", UNWRITTEN, "store_chunk(y_row + column, passing);", ""),
+    text(Shown::RopeInterleaved, "each batch entry has the table after its own", OUT_OF_BOUNDS,
+        "ulong(batch) * p.table_stride", "ulong(batch + 1u) * p.table_stride"),
+
+    // ---- silu_mul.metal ----
+    text(Shown::SiluMul, "one element after the tail", OUT_OF_BOUNDS,
+        "if (thread_index < p.tail) {\n        const ulong at = ulong(p.chunks) * WIDTH + thread_index;\n        const float a = to_f32(gate[at]);",
+        "if (thread_index <= p.tail) {\n        const ulong at = ulong(p.chunks) * WIDTH + thread_index;\n        const float a = to_f32(gate[at]);"),
+    text(Shown::SiluMul, "one chunk after the last", OUT_OF_BOUNDS,
+        "if (thread_index < p.chunks) {\n        const ulong at = ulong(thread_index) * WIDTH;\n        float a[WIDTH], u[WIDTH];",
+        "if (thread_index <= p.chunks) {\n        const ulong at = ulong(thread_index) * WIDTH;\n        float a[WIDTH], u[WIDTH];"),
+    text(Shown::SiluMul, "a tail that overlaps the last chunk", ANY_RACE, "        y[at] = from_f32<T>(", "        y[at - 1u] = from_f32<T>("),
+    text(Shown::SiluMul, "a tail that is not written", UNWRITTEN, "        y[at] = from_f32<T>(", "        if (at == 0u) y[at] = from_f32<T>("),
+    text(Shown::SiluMulBackward, "a gradient that goes where up came from", WRITE_TO_INPUT,
+        "store_chunk(grad_up + at, g)", "store_chunk((DEVICE T*)up + at, g)"),
+    text(Shown::SiluMulBackward, "both gradients go to one", ANY_RACE,
+        "if (UP_GRAD) grad_up[at] =", "if (UP_GRAD) grad_up[at - 1u] ="),
+
+    // ---- gelu_mul.metal ----
+    text(Shown::GeluMulBackward, "the tail's gradient is not written", UNWRITTEN, "if (GATE_GRAD) grad_gate[at] =", "if (!GATE_GRAD) grad_gate[at] ="),
+    text(Shown::GeluMulBackward, "the gradients are exchanged half-way", ANY_RACE, "store_chunk(grad_up + at, g)", "store_chunk(grad_gate + at, g); if (at > 0u) store_chunk(grad_gate + at - WIDTH, g)"),
+
+    // ---- cross_entropy.metal ----
+    text(Shown::CrossEntropy, "an ignored target is used as an address", OUT_OF_BOUNDS,
+        "counted ? row_lse - to_f32(logits_row[uint(target)]) : 0.0f", "row_lse - to_f32(logits_row[uint(target)])"),
+    text(Shown::CrossEntropy, "every thread writes the row's result", RACE, "if (chunk_column(team, 0u) == 0u)", ""),
+    text(Shown::CrossEntropy, "rows that do not count leave no lse", UNWRITTEN, "lse[row] = row_lse;", "if (counted) lse[row] = row_lse;"),
+    text(Shown::CrossEntropy, "mean: no barrier before the counts are read", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (TID.x == 0u)", "if (TID.x == 0u)"),
+    text(Shown::CrossEntropy, "mean: every lane writes the counts", RACE, "if (LANE == 0u) {\n        counts", "{\n        counts"),
+    text(Shown::CrossEntropy, "mean: one simdgroup too many is counted", UNINITIALISED,
+        "i < uint(ROW_SIMDGROUPS); i++) {\n            count", "i <= uint(ROW_SIMDGROUPS); i++) {\n            count"),
+    text(Shown::CrossEntropyBackward, "rows that do not count get no gradient", UNWRITTEN,
+        "store_chunk(grad_logits + start", "if (counts) store_chunk(grad_logits + start"),
+
+    // ---- lora.metal ----
+    text(Shown::Lora, "no barrier before the slices are added", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    for (uint i = simdgroup", "for (uint i = simdgroup"),
+    text(Shown::Lora, "no barrier before S is used", RACE,
+        "s[i] = sum * p.scale;\n    }\n    threadgroup_barrier(mem_flags::mem_threadgroup);", "s[i] = sum * p.scale;\n    }"),
+    text(Shown::Lora, "a barrier that orders nothing before S is used", RACE,
+        "s[i] = sum * p.scale;\n    }\n    threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "s[i] = sum * p.scale;\n    }\n    threadgroup_barrier(mem_flags::mem_none);"),
+    text(Shown::Lora, "every lane writes the sum", RACE, "if (lane == 0u) s[", "s["),
+    text(Shown::Lora, "too little room for S", OUT_OF_BOUNDS,
+        "TG_ARRAY(float, s, SLICES * ROWS * RANK)", "TG_ARRAY(float, s, SLICES * ROWS * RANK - 1)"),
+    text(Shown::Lora, "a lane stays out of a simd operation", DIVERGENT_SIMD,
+        "const float sum = simd_sum(sums", "const float sum = lane == 31u ? 0.0f : simd_sum(sums"),
+    text(Shown::Lora, "x beyond its columns", OUT_OF_BOUNDS, "column < p.inputs; column", "column <= p.inputs; column"),
+    text(Shown::Lora, "y beyond its columns", OUT_OF_BOUNDS, "column < p.outputs; column", "column <= p.outputs; column"),
+    text(Shown::LoraBackward, "S is kept in the first rows only", ANY_RACE, "kept[ulong(first_row) * RANK + i]", "kept[i]"),
+
+    // ---- lora_gradient.metal ----
+    text(Shown::LoraBackward, "columns beyond the last", OUT_OF_BOUNDS, "if (column >= p.columns) return;", ""),
+    text(Shown::LoraBackwardManyRows, "all parts share their sums", GRID_RACE, "partial + ulong(part) * RANK * p.columns", "partial"),
+    text(Shown::LoraBackward, "tiles that begin at the second rank", &[Kind::Misaligned, Kind::OutOfBounds, Kind::Uninitialised], "first_rank = TG_POS.z * RANK_TILE;", "first_rank = TG_POS.z * RANK_TILE + 1u;"),
+
+    // ---- launches ----
+    plan(Shown::RmsNorm, "threads that do not fill a simdgroup", LIMIT, |plan| plan.launches[0].threads = 48),
+    plan(Shown::RmsNorm, "more threads than any device has", LIMIT, |plan| plan.launches[0].threads = 2048),
+    plan(Shown::RmsNorm, "no threadgroup memory", LIMIT, |plan| plan.launches[0].threadgroup_bytes = 0),
+    plan(Shown::RmsNorm, "more threadgroup memory than any device has", LIMIT, |plan| plan.launches[0].threadgroup_bytes = 40_000),
+    plan(Shown::RmsNorm, "an empty grid", LIMIT, |plan| plan.launches[0].threadgroups[1] = 0),
+    plan(Shown::RmsNorm, "a grid too small", UNWRITTEN, |plan| plan.launches[0].threadgroups[0] -= 1),
+    plan(Shown::RmsNorm, "every row twice", GRID_RACE, |plan| plan.launches[0].threadgroups[1] = 2),
+    plan(Shown::RmsNorm, "an argument is missing", LIMIT, |plan| plan.launches[0].arguments.truncate(2)),
+    plan(Shown::RmsNorm, "a parameter is missing", LIMIT, |plan| plan.launches[0].params.truncate(12)),
+    plan(Shown::RmsNorm, "x and the weight are exchanged", OUT_OF_BOUNDS, |plan| plan.launches[0].arguments.swap(0, 1)),
+    plan(Shown::RmsNorm, "x and y are exchanged", UNINITIALISED, |plan| plan.launches[0].arguments.swap(0, 2)),
+    plan(Shown::RmsNormBackward, "the second stage comes first", UNINITIALISED, |plan| plan.launches.swap(0, 1)),
+    plan(Shown::RmsNormBackward, "the second stage is missing", UNWRITTEN, |plan| plan.launches.truncate(1)),
+];
