@@ -5,6 +5,7 @@ mod config;
 mod doctor;
 mod evaluate;
 mod generate;
+mod kernels;
 mod merge;
 mod metrics;
 mod model_options;
@@ -41,6 +42,8 @@ enum Command {
     Evaluate(evaluate::Options),
     /// Fold an adapter into its base model, or take it out again
     Merge(merge::Options),
+    /// Print the kernels as a device gets them
+    Kernels(kernels::Options),
     /// What this build can use: devices, fused ops, threads, allocator
     Doctor,
 }
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Generate(options) => generate::run(&options),
         Command::Evaluate(options) => evaluate::run(&options),
         Command::Merge(options) => merge::run(&options),
+        Command::Kernels(options) => kernels::run(&options),
         Command::Doctor => {
             doctor::run();
             Ok(ExitCode::SUCCESS)
