@@ -15,6 +15,7 @@ mod progress;
 mod train;
 mod training;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -51,7 +52,12 @@ enum Command {
 fn main() -> ExitCode {
     allocator::keep_pages();
     let filter = EnvFilter::try_from_env("WICK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
     let outcome = config::parse::<Cli>().and_then(|cli| match cli.command {
         Command::Train(options) => train::run(&options),
         Command::Pretrain(options) => pretrain::run(&options),

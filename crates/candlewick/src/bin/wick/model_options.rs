@@ -34,7 +34,7 @@ pub enum Precision {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
-    /// Metal or CUDA where this build has it, else the CPU
+    /// CUDA where this build and machine have it, else the CPU
     Auto,
     Cpu,
     Metal,
@@ -76,7 +76,6 @@ impl ModelOptions {
         match self.device {
             Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", e)),
             Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", e)),
-            Place::Auto if candle_core::utils::metal_is_available() => Ok(Device::new_metal(0)?),
             Place::Auto if candle_core::utils::cuda_is_available() => {
                 Ok(Device::new_cuda(0).unwrap_or(Device::Cpu))
             }
