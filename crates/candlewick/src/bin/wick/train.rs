@@ -27,14 +27,14 @@ const DEFAULTS: Defaults = Defaults {
 
 /// For the embedded base on the embedded data.
 const EMBEDDED: Defaults = Defaults {
-    iters: 60,
+    iters: 100,
     batch_size: 8,
     learning_rate: 1e-2,
     schedule: ScheduleName::Cosine,
     warmup: 5,
     val_batches: -1,
-    steps_per_report: 5,
-    steps_per_eval: 20,
+    steps_per_report: 10,
+    steps_per_eval: 25,
 };
 
 /// A dish that is not among the embedded training rows.

@@ -21,7 +21,7 @@ use crate::plot;
 use crate::progress::Progress;
 
 /// How many tokens a sample has.
-const SAMPLE_TOKENS: usize = 120;
+const SAMPLE_TOKENS: usize = 150;
 
 /// The flags of the loop. Where a default depends on what is trained, the value is optional here and [`Defaults`]
 /// has it.
