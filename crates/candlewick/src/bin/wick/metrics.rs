@@ -169,6 +169,16 @@ mod tests {
     }
 
     #[test]
+    fn a_line_is_read_back_to_the_last_bit() {
+        // Numbers that a parser which rounds twice misses.
+        for loss in [3.821_276_664_733_886_7, 2.798_285_007_476_806_6, 0.007_008_477_123_264_848] {
+            let evaluation = Evaluation { loss, tokens: 7, seconds: 0.5 };
+            let record = Record::of(&Event::Validation { iter: 1, evaluation }).unwrap();
+            assert_eq!(serde_json::from_slice::<Record>(&line(&record)).unwrap(), record);
+        }
+    }
+
+    #[test]
     fn lines_have_named_numbers() {
         let record = Record::of(&validation(3)).unwrap();
         let text = String::from_utf8(line(&record)).unwrap();

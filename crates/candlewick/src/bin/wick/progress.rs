@@ -75,11 +75,15 @@ impl Progress {
         );
     }
 
-    /// The last words.
-    pub fn finish(&mut self, summary: &Summary) {
+    /// Takes the bar away.
+    pub fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
+    }
+
+    /// The last line.
+    pub fn summary(summary: &Summary) {
         let change = match (summary.first_validation, summary.last_validation) {
             (Some(first), Some(last)) if first.to_bits() == last.to_bits() => {
                 format!(", val loss {first:.3}")

@@ -27,14 +27,14 @@ const DEFAULTS: Defaults = Defaults {
 
 /// For the embedded base on the embedded data.
 const EMBEDDED: Defaults = Defaults {
-    iters: 100,
+    iters: 80,
     batch_size: 8,
     learning_rate: 1e-2,
     schedule: ScheduleName::Cosine,
     warmup: 5,
     val_batches: -1,
     steps_per_report: 10,
-    steps_per_eval: 25,
+    steps_per_eval: 20,
 };
 
 /// A dish that is not among the embedded training rows.

@@ -248,20 +248,22 @@ pub fn run(
             failure = Some(error);
         }
     })?;
-    progress.finish(&summary);
+    progress.clear();
     if let Some(error) = failure {
         return Err(error);
     }
     let folder = job.folder.display();
     if summary.stopped {
-        match summary.checkpoint {
+        match &summary.checkpoint {
             Some(checkpoint) => println!("Stopped; saved {}. Go on with --resume", checkpoint.display()),
             None => println!("Stopped before the first step; nothing was written"),
         }
+        Progress::summary(&summary);
         return Ok(ExitCode::from(INTERRUPTED));
     }
     sample("After")?;
     println!("Everything is in {folder}");
+    Progress::summary(&summary);
     Ok(ExitCode::SUCCESS)
 }
 
