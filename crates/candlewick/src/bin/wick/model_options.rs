@@ -77,7 +77,10 @@ impl ModelOptions {
             Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", e)),
             Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", e)),
             Place::Auto if candle_core::utils::cuda_is_available() => {
-                Ok(Device::new_cuda(0).unwrap_or(Device::Cpu))
+                Ok(Device::new_cuda(0).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "no CUDA device: computing on the CPU");
+                    Device::Cpu
+                }))
             }
             Place::Cpu | Place::Auto => Ok(Device::Cpu),
         }
