@@ -26,6 +26,12 @@ pub enum DeviceError {
         /// What the device said.
         reason: String,
     },
+    /// The device has no such thing.
+    #[error("the device does not support {what}")]
+    Unsupported {
+        /// What it lacks.
+        what: String,
+    },
 }
 
 /// Why a fused method of a tensor failed.

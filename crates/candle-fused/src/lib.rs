@@ -8,7 +8,7 @@
 //! | [`softmax`] | softmax of the last dimension, with a scale and a causal mask |
 //! | [`rms_norm`], [`layer_norm`] | normalisation of the last dimension |
 //! | [`rope`] | rotary position embedding, both layouts, any rotary fraction |
-//! | [`silu_mul`] | SwiGLU's `silu(gate) * up` |
+//! | [`silu_mul`], [`gelu_mul`] | SwiGLU's `silu(gate) * up`, `GeGLU`'s `gelu(gate) * up` |
 //! | [`cross_entropy`] | mean negative log-likelihood with an ignored index |
 //! | [`frozen_linear`] | a linear layer whose weight never gets a gradient |
 //! | [`lora_delta`], [`lora_linear`] | LoRA's low-rank product, alone or with its frozen base |
@@ -27,6 +27,13 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
+#[cfg(test)]
+extern crate self as candle_fused;
+/// What the tests of the operations share, beside the integration tests.
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod shared_tests;
+
 mod backend;
 mod check;
 mod cpu;
@@ -41,6 +48,7 @@ pub use backend::{DeviceKind, fused_ops};
 pub use error::{DeviceError, TrainingError};
 pub use ops::cross_entropy::cross_entropy;
 pub use ops::frozen_linear::frozen_linear;
+pub use ops::gelu_mul::gelu_mul;
 pub use ops::layer_norm::layer_norm;
 pub use ops::lora_delta::{LoraLayout, lora_delta};
 pub use ops::lora_linear::{Dropout, LoraLinearOptions, lora_linear};

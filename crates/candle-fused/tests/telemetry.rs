@@ -20,6 +20,7 @@ fn every_operation_runs_fused_on_the_cpu_and_is_counted() {
         layer_norm(&x, None, None, 1e-6).unwrap();
         rope(&t(&[1, 1, 2, 8]), &t(&[2, 4]), &t(&[2, 4]), RopeLayout::Half).unwrap();
         silu_mul(&x, &x).unwrap();
+        gelu_mul(&x, &x).unwrap();
         cross_entropy(&x, &Tensor::new(&[0u32, 1], device).unwrap(), None).unwrap();
         lora_delta(&x, &t(&[3, 8]), &t(&[5, 3]), 1.0, LoraLayout::Peft).unwrap();
         lora_linear(&x, &t(&[5, 8]), None, &t(&[3, 8]), &t(&[5, 3]), lora).unwrap();
@@ -32,7 +33,7 @@ fn every_operation_runs_fused_on_the_cpu_and_is_counted() {
         .map(|op| OpCount { op, device: DeviceKind::Cpu, dtype: DType::BF16, path: Path::Fused, count: 2 })
         .collect();
     expected.sort_by_key(|count| count.op);
-    assert_eq!(expected.len(), 9);
+    assert_eq!(expected.len(), 10);
     assert_eq!(telemetry::snapshot(), expected);
 
     telemetry::reset();

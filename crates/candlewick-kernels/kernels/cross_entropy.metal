@@ -5,12 +5,14 @@
 //   dx    = (exp(x − lse) − [column = target]) · g / counted          0 in rows that do not count
 //
 // Memory. Forward reads the logits once, whatever the vocabulary: each thread carries a maximum and a sum of
-// exponentials relative to it, and threads combine theirs at the end. It leaves one number a row, lse. Backward
-// reads the logits once and writes the gradient once; no softmax is ever stored.
+// exponentials relative to it, and threads combine theirs at the end. It leaves lse in two numbers a row, the maximum
+// and the sum of exp(x − maximum): in one, a large maximum would swallow the logarithm of the sum. Backward reads the
+// logits once and writes the gradient once; no softmax is ever stored.
 //
 // The mean is taken by one threadgroup in a second launch: the order of additions depends on n alone, so the same
 // input gives the same bits. A target beyond the vocabulary is never used as an address: the row counts for
-// nothing and the first such row's number is left in `invalid`, for the host to report (NO_ROW: there is none).
+// nothing, the first such row's number is left in `invalid`, for a host that waits to report (NO_ROW: there is none),
+// and the loss is NaN, for one that does not.
 //
 // Targets are read as 64-bit or 32-bit integers, by TARGET.
 
@@ -54,13 +56,13 @@ KERNEL(cross_entropy_rows, DEVICE const T* logits, DEVICE const TARGET* targets,
     const float own = largest;
     largest = row_max(team, largest);
     sum = row_sum(team, sum * precise::exp(own - largest));
-    const float row_lse = largest + precise::log(sum);
     if (chunk_column(team, 0u) == 0u) {
         const INT64 target = INT64(targets[row]);
         const bool ignored = is_ignored(target, p.ignoring, p.ignore_low, p.ignore_high);
         const bool counted = is_class(target, p.columns) && !ignored;
-        lse[row] = row_lse;
-        losses[row] = counted ? row_lse - to_f32(logits_row[uint(target)]) : 0.0f;
+        lse[ulong(row) * 2u] = largest;
+        lse[ulong(row) * 2u + 1u] = sum;
+        losses[row] = counted ? precise::log(sum) - (to_f32(logits_row[uint(target)]) - largest) : 0.0f;
     }
 }
 
@@ -96,7 +98,8 @@ KERNEL(cross_entropy_mean, DEVICE const float* losses, DEVICE const TARGET* targ
             count += counts[i];
             if (firsts[i] < first_invalid) first_invalid = firsts[i];
         }
-        loss[0] = count == 0u ? 0.0f : sum / float(count);
+        const float mean = count == 0u ? 0.0f : sum / float(count);
+        loss[0] = first_invalid == NO_ROW ? mean : as_type<float>(0x7fc00000u);
         counted[0] = float(count);
         invalid[0] = first_invalid;
     }
@@ -112,7 +115,8 @@ KERNEL(cross_entropy_backward, DEVICE const T* logits, DEVICE const TARGET* targ
     const INT64 target = INT64(targets[row]);
     const bool counts = is_class(target, p.columns) && !is_ignored(target, p.ignoring, p.ignore_low, p.ignore_high);
     const float factor = counts ? grad[0] / counted[0] : 0.0f;
-    const float row_lse = lse[row];
+    const float largest = lse[ulong(row) * 2u];
+    const float share = factor / lse[ulong(row) * 2u + 1u];
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= p.columns) continue;
@@ -121,7 +125,7 @@ KERNEL(cross_entropy_backward, DEVICE const T* logits, DEVICE const TARGET* targ
             load_chunk(logits + start + column, x);
             for (uint i = 0u; i < WIDTH; i++) {
                 const float hit = column + i == uint(target) ? 1.0f : 0.0f;
-                x[i] = (precise::exp(x[i] - row_lse) - hit) * factor;
+                x[i] = precise::exp(x[i] - largest) * share - hit * factor;
             }
         } else {
             for (uint i = 0u; i < WIDTH; i++) x[i] = 0.0f;

@@ -20,18 +20,21 @@ struct GeluMulParams {
 
 DEVFN float clamped(float a) { return fmax(fmin(a, 16.0f), -16.0f); }
 
-// σ(2z)
-DEVFN float gate_share(float a) {
+DEVFN float twice_z(float a) {
     const float c = clamped(a);
-    const float twice_z = TWO_ROOT_TWO_OVER_PI * fma(CUBIC * c * c, c, c);
-    return a != a ? a : 1.0f / (1.0f + precise::exp(-twice_z));
+    return TWO_ROOT_TWO_OVER_PI * fma(CUBIC * c * c, c, c);
 }
 
-// gelu'(a), given s = σ(2z)
+// σ(2z)
+DEVFN float gate_share(float a) { return a != a ? a : 1.0f / (1.0f + precise::exp(-twice_z(a))); }
+
+// gelu'(a), given s = σ(2z). σ·(1 − σ) is e/(1 + e)² with e = exp(−|2z|): no digits are lost near 1.
 DEVFN float gelu_slope(float a, float s) {
     const float c = clamped(a);
     const float twice_slope = TWO_ROOT_TWO_OVER_PI * fma(3.0f * CUBIC * c, c, 1.0f);
-    return fma(c * s * (1.0f - s), twice_slope, s);
+    const float e = precise::exp(-fabs(twice_z(a)));
+    const float larger = 1.0f / (1.0f + e);
+    return fma(c * (e * larger * larger), twice_slope, s);
 }
 
 KERNEL(gelu_mul, DEVICE const T* gate, DEVICE const T* up, DEVICE T* y, PARAM(GeluMulParams, p)) {

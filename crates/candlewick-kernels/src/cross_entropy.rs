@@ -27,15 +27,16 @@ pub struct CrossEntropy {
 }
 
 impl CrossEntropy {
-    /// Inputs logits, targets; outputs `loss` `[1]`, `lse` `[rows]`, `counted` `[1]` (all f32), and `invalid` `[1]` (u32):
-    /// the first row whose target is neither a class nor ignored, or [`NO_ROW`].
+    /// Inputs logits, targets; outputs `loss` `[1]`, `lse` `[rows, 2]` (the maximum, and the sum of `exp(x − maximum)`),
+    /// `counted` `[1]` (all f32), and `invalid` `[1]` (u32): the first row whose target is neither a class nor ignored,
+    /// or [`NO_ROW`]. Where there is one, the loss is NaN.
     pub fn forward(&self, tuning: Tuning) -> Result<Plan, PlanError> {
         let elements = self.elements()?;
         let mut buffers = Buffers::default();
         let logits = buffers.input("logits", self.storage.element(), elements);
         let targets = buffers.input("targets", self.targets, self.rows);
         let loss = buffers.output("loss", Element::F32, 1);
-        let lse = buffers.output("lse", Element::F32, self.rows);
+        let lse = buffers.output("lse", Element::F32, product(OP, "lse", &[self.rows, 2])?);
         let counted = buffers.output("counted", Element::F32, 1);
         let invalid = buffers.output("invalid", Element::U32, 1);
         let losses = buffers.scratch("losses", Element::F32, self.rows);
@@ -58,7 +59,7 @@ impl CrossEntropy {
         let mut buffers = Buffers::default();
         let logits = buffers.input("logits", self.storage.element(), elements);
         let targets = buffers.input("targets", self.targets, self.rows);
-        let lse = buffers.input("lse", Element::F32, self.rows);
+        let lse = buffers.input("lse", Element::F32, product(OP, "lse", &[self.rows, 2])?);
         let counted = buffers.input("counted", Element::F32, 1);
         let grad = buffers.input("grad", Element::F32, 1);
         let grad_logits = buffers.output("grad_logits", self.storage.element(), elements);
@@ -74,9 +75,6 @@ impl CrossEntropy {
     fn elements(&self) -> Result<usize, PlanError> {
         if !matches!(self.targets, Element::I64 | Element::U32) {
             return Err(shape(OP, "targets", "i64 or u32", self.targets.word()));
-        }
-        if self.columns == 0 && self.rows > 0 {
-            return Err(shape(OP, "classes", "at least 1", 0));
         }
         product(OP, "logits", &[self.rows, self.columns])
     }

@@ -220,14 +220,6 @@ impl Lora {
         if self.rank == 0 || self.rank * 4 > MAX_THREADGROUP_BYTES as usize {
             return Err(shape(OP, "rank", "in 1..=8192", self.rank));
         }
-        if self.inputs == 0 || self.outputs == 0 {
-            return Err(shape(
-                OP,
-                "inputs and outputs",
-                "at least 1",
-                format!("{:?}", [self.inputs, self.outputs]),
-            ));
-        }
         if self.adapter != Storage::F32 && self.adapter != self.storage {
             return Err(shape(OP, "adapter type", "x's or float", self.adapter.word()));
         }
@@ -356,7 +348,7 @@ impl Lora {
             .u32(small(parts))
             .u32(size(OP, "stride", packed.rank)?)
             .u32(size(OP, "stride", packed.column)?);
-        if self.rows > 0 {
+        if self.rows > 0 && columns > 0 {
             launches.push(Launch {
                 kernel: "lora_gradient",
                 file: KernelFile::LoraGradient,

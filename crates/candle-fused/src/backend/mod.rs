@@ -1,12 +1,17 @@
 //! Where an operation runs: the fused kernels of a device, or the reference where it has none.
 //!
-//! A [`Kernel`] says what is computed, for each backend in its terms; nothing outside this module asks which device a
-//! tensor is on. A GPU backend joins by running what its kernels launch, and by its name in [`OPS`].
+//! A [`Kernel`] says what is computed: on the processor by loops over rows ([`cpu`]), on a GPU by plans of
+//! `candlewick-kernels` ([`gpu`]), which an executor of its API runs. Nothing outside this module asks which device a
+//! tensor is on.
 
 pub(crate) mod cpu;
+pub(crate) mod gpu;
+#[cfg(test)]
+mod simulated;
 
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Device, Error, Result, Tensor};
 
+use crate::DeviceError;
 use crate::telemetry::{self, Path};
 
 /// A kind of device.
@@ -48,26 +53,64 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
-/// Every operation, and where it has something fused. The linear ones are Candle's matrix products with a backward of
-/// their own, on every device.
-const OPS: [(&str, &[DeviceKind]); 9] = {
-    use DeviceKind::{Cpu, Cuda, Metal};
-    [
-        ("softmax", &[Cpu]),
-        ("rms_norm", &[Cpu]),
-        ("layer_norm", &[Cpu]),
-        ("rope", &[Cpu]),
-        ("silu_mul", &[Cpu]),
-        ("cross_entropy", &[Cpu]),
-        ("lora_delta", &[Cpu, Cuda, Metal]),
-        ("lora_linear", &[Cpu, Cuda, Metal]),
-        ("frozen_linear", &[Cpu, Cuda, Metal]),
-    ]
-};
+/// Every operation, and whether it needs kernels of its own: the other is a matrix product with a backward of ours.
+const OPS: [(&str, bool); 10] = [
+    ("softmax", true),
+    ("rms_norm", true),
+    ("layer_norm", true),
+    ("rope", true),
+    ("silu_mul", true),
+    ("gelu_mul", true),
+    ("cross_entropy", true),
+    ("lora_delta", true),
+    ("lora_linear", true),
+    ("frozen_linear", false),
+];
+
+/// Whether this build has kernels for a kind of device.
+const fn has_kernels(kind: DeviceKind) -> bool {
+    match kind {
+        DeviceKind::Cpu => true,
+        DeviceKind::Cuda | DeviceKind::Metal => false,
+    }
+}
 
 /// The operations that run fused on this kind of device; the others run their reference there.
 pub fn fused_ops(kind: DeviceKind) -> impl Iterator<Item = &'static str> {
-    OPS.iter().filter(move |(_, kinds)| kinds.contains(&kind)).map(|&(op, _)| op)
+    OPS.iter().filter(move |(_, kernels)| !kernels || has_kernels(kind)).map(|&(op, _)| op)
+}
+
+/// Why a fused operation did not run.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The device cannot run a kernel; the reference still can.
+    Device(DeviceError),
+    /// A tensor operation failed.
+    Tensor(Error),
+}
+
+/// What a fused operation leaves.
+pub(crate) type Attempt<T> = std::result::Result<T, Failure>;
+
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
+        Self::Device(error)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Tensor(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Device(error) => Self::wrap(error),
+            Failure::Tensor(error) => error,
+        }
+    }
 }
 
 /// Fresh tensors from others, computed where these are.
@@ -78,33 +121,46 @@ pub(crate) trait Kernel {
     /// On the processor.
     fn cpu(&self) -> Result<Self::Output>;
 
-    /// In Candle operations, for the kernels of an operation that needs no others on a GPU.
-    fn composed(&self) -> Result<Self::Output> {
-        bail!("this device has no kernel for the operation")
-    }
+    /// On a GPU, by the kernels of `candlewick-kernels`.
+    fn gpu(&self) -> Attempt<Self::Output>;
 }
 
 /// Runs a kernel on the device of its tensors.
-pub(crate) fn run<K: Kernel>(device: &Device, kernel: &K) -> Result<K::Output> {
+pub(crate) fn run<K: Kernel>(device: &Device, kernel: &K) -> Attempt<K::Output> {
     match device {
-        Device::Cpu => kernel.cpu(),
-        Device::Cuda(_) | Device::Metal(_) => kernel.composed(),
+        #[cfg(test)]
+        Device::Cpu if simulated::is_on() => kernel.gpu(),
+        Device::Cpu => Ok(kernel.cpu()?),
+        Device::Cuda(_) | Device::Metal(_) => kernel.gpu(),
     }
 }
 
 /// Runs `fused` where `x` lives if there are kernels for it, else `reference`, and counts which.
+///
+/// A kernel that the device rejects is worth a warning with what its compiler said, and the reference in its place.
 pub(crate) fn dispatch(
     op: &'static str,
     x: &Tensor,
-    fused: impl FnOnce() -> Result<Tensor>,
+    fused: impl FnOnce() -> Attempt<Tensor>,
     reference: impl FnOnce() -> Result<Tensor>,
 ) -> Result<Tensor> {
     let kind = DeviceKind::of(x.device());
-    if fused_ops(kind).any(|name| name == op) {
-        telemetry::count(op, kind, x.dtype(), Path::Fused);
-        fused()
-    } else {
-        telemetry::count(op, kind, x.dtype(), Path::Fallback { reason: "no kernel for this device" });
+    let fall_back = |reason| {
+        telemetry::count(op, kind, x.dtype(), Path::Fallback { reason });
         reference()
+    };
+    if !fused_ops(kind).any(|name| name == op) {
+        return fall_back("no kernel for this device");
+    }
+    match fused() {
+        Ok(output) => {
+            telemetry::count(op, kind, x.dtype(), Path::Fused);
+            Ok(output)
+        }
+        Err(Failure::Tensor(error)) => Err(error),
+        Err(Failure::Device(error)) => {
+            tracing::warn!(op, device = %kind, %error, "a kernel does not run");
+            fall_back("the device rejects the kernel")
+        }
     }
 }

@@ -2,8 +2,8 @@
 
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
+pub(crate) mod gated;
 mod lanes;
 pub(crate) mod norm;
 pub(crate) mod rope;
-pub(crate) mod silu_mul;
 pub(crate) mod softmax;

@@ -17,29 +17,35 @@ fn reciprocal_deviation(x: &[f32], mean: f32, eps: f32) -> f32 {
     (squares / x.len() as f64 + f64::from(eps)).sqrt().recip() as f32
 }
 
-/// `y = x·r·w`; returns `r`.
-pub(crate) fn rms_forward(x: &[f32], weight: Option<&[f32]>, eps: f32, y: &mut [f32]) -> f32 {
-    let r = reciprocal_deviation(x, 0.0, eps);
-    affine(x, [0.0, r], weight, None, y);
-    r
+/// `r = 1/√(mean(x²) + eps)`
+pub(crate) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    reciprocal_deviation(x, 0.0, eps)
 }
 
-/// `y = (x − mean)·r·w + b`; returns the mean and `r`.
+/// `y = x·r·w`
+pub(crate) fn rms_forward(x: &[f32], weight: Option<&[f32]>, eps: f32, y: &mut [f32]) {
+    affine(x, [0.0, inverse_rms(x, eps)], weight, None, y);
+}
+
+/// The mean and `r = 1/√(mean((x − mean)²) + eps)`.
 #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
 #[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
+pub(crate) fn moments(x: &[f32], eps: f32) -> [f32; 2] {
+    let total = sum([x], |[x]| x);
+    let total = if total.is_finite() { f64::from(total) } else { wide_sum(x, |x| x) };
+    let mean = (total / x.len() as f64) as f32;
+    [mean, reciprocal_deviation(x, mean, eps)]
+}
+
+/// `y = (x − mean)·r·w + b`
 pub(crate) fn layer_forward(
     x: &[f32],
     weight: Option<&[f32]>,
     bias: Option<&[f32]>,
     eps: f32,
     y: &mut [f32],
-) -> [f32; 2] {
-    let total = sum([x], |[x]| x);
-    let total = if total.is_finite() { f64::from(total) } else { wide_sum(x, |x| x) };
-    let mean = (total / x.len() as f64) as f32;
-    let r = reciprocal_deviation(x, mean, eps);
-    affine(x, [mean, r], weight, bias, y);
-    [mean, r]
+) {
+    affine(x, moments(x, eps), weight, bias, y);
 }
 
 fn affine(x: &[f32], [mean, r]: [f32; 2], weight: Option<&[f32]>, bias: Option<&[f32]>, y: &mut [f32]) {

@@ -6,10 +6,12 @@
 //! `dx_ij = g/n·(exp(x_ij − lse_i) − [j = target_i])`, and 0 in the rows that do not count. It allocates nothing but
 //! the gradient.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Shape, Tensor, bail};
+use candlewick_kernels::Element;
+use candlewick_kernels::cross_entropy::CrossEntropy as Plans;
 
 use crate::backend::cpu::{each_row, map_rows, to_vec};
-use crate::backend::{self, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::cross_entropy as row;
 use crate::graph::{self, Backward, tracked};
@@ -20,22 +22,27 @@ const OP: &str = "cross_entropy";
 /// Rows whose target is `ignore_index` do not count; where no row counts, the loss and its gradient are 0.
 ///
 /// # Errors
-/// Other shapes or dtypes, and a target outside `0..v` that is not `ignore_index`: the row and the value are named.
+/// Other shapes or dtypes, and a target outside `0..v` that is not `ignore_index`: the row and the value are named. On
+/// a GPU, which would have to be waited for to know, such a target makes the loss NaN instead.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
-    let columns = check(logits, targets, ignore_index)?;
-    backend::dispatch(OP, logits, || fused(logits, columns), || reference(logits, targets, ignore_index))
+    check(logits, targets)?;
+    let fused = || fused(logits, targets, ignore_index);
+    backend::dispatch(OP, logits, fused, || reference(logits, targets, ignore_index))
 }
 
-/// The column each row is to predict, `None` where the row does not count.
-fn check(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Vec<Option<usize>>> {
+fn check(logits: &Tensor, targets: &Tensor) -> Result<()> {
     check::float(OP, "logits", logits)?;
     check::rank(OP, "logits", logits, 2)?;
-    let (n, v) = logits.dims2()?;
-    check::shape(OP, "targets", targets, &[n])?;
+    check::shape(OP, "targets", targets, &[logits.dim(0)?])?;
     check::device(OP, "targets", targets, logits.device())?;
     if !matches!(targets.dtype(), DType::I64 | DType::U32) {
         bail!("{OP}: targets must be i64 or u32, got {}", targets.dtype().as_str());
     }
+    Ok(())
+}
+
+/// The column each row is to predict among `v`, `None` where the row does not count.
+fn columns(targets: &Tensor, v: usize, ignore_index: Option<i64>) -> Result<Vec<Option<usize>>> {
     let column = |(row, target): (usize, i64)| match usize::try_from(target) {
         _ if Some(target) == ignore_index => Ok(None),
         Ok(column) if column < v => Ok(Some(column)),
@@ -46,7 +53,8 @@ fn check(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result
 
 /// [`cross_entropy`] in plain Candle operations.
 pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
-    let columns = check(logits, targets, ignore_index)?;
+    check(logits, targets)?;
+    let columns = columns(targets, logits.dim(1)?, ignore_index)?;
     let counted: Vec<(usize, usize)> =
         columns.into_iter().enumerate().filter_map(|(row, column)| Some((row, column?))).collect();
     if counted.is_empty() {
@@ -66,15 +74,19 @@ pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -
     (lse - picked)?.mean_all()
 }
 
-fn fused(logits: &Tensor, columns: Vec<Option<usize>>) -> Result<Tensor> {
-    let (loss, lse) = backend::run(logits.device(), &Forward { logits, columns: &columns })?;
-    graph::record1(logits, loss, CrossEntropy { columns, lse })
+fn fused(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Attempt<Tensor> {
+    let forward = Forward { logits, targets, ignore_index };
+    let [loss, lse, counted] = backend::run(logits.device(), &forward)?;
+    Ok(graph::record1(logits, loss, CrossEntropy { targets: targets.clone(), ignore_index, lse, counted })?)
 }
 
 struct CrossEntropy {
-    columns: Vec<Option<usize>>,
+    targets: Tensor,
+    ignore_index: Option<i64>,
     /// `[n, 2]` in f32.
     lse: Tensor,
+    /// How many rows count, `[1]` in f32.
+    counted: Tensor,
 }
 
 impl Backward<1> for CrossEntropy {
@@ -83,29 +95,32 @@ impl Backward<1> for CrossEntropy {
     }
 
     fn backward(&self, [logits]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        let gradient = Gradient { logits, columns: &self.columns, lse: &self.lse, g };
-        Ok([tracked(logits, || backend::run(logits.device(), &gradient))?])
+        Ok([tracked(logits, || Ok(backend::run(logits.device(), &Gradient { logits, saved: self, g })?))?])
     }
 }
 
-/// How many rows count, and at least 1.
-#[expect(clippy::cast_precision_loss, reason = "a number of rows is far below 2^52")]
-fn divisor(columns: &[Option<usize>]) -> f64 {
-    columns.iter().flatten().count().max(1) as f64
+/// The plans for `logits`.
+fn plans(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Plans> {
+    let (rows, columns) = logits.dims2()?;
+    let element = if targets.dtype() == DType::I64 { Element::I64 } else { Element::U32 };
+    Ok(Plans { rows, columns, storage: gpu::storage(logits)?, targets: element, ignore_index })
 }
 
 struct Forward<'a> {
     logits: &'a Tensor,
-    columns: &'a [Option<usize>],
+    targets: &'a Tensor,
+    ignore_index: Option<i64>,
 }
 
 impl Kernel for Forward<'_> {
-    /// The loss and the log-sum-exps.
-    type Output = (Tensor, Tensor);
+    /// The loss, the log-sum-exps, and how many rows count.
+    type Output = [Tensor; 3];
 
     #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
-    fn cpu(&self) -> Result<(Tensor, Tensor)> {
-        let rows = each_row([self.logits], |i, [x]| match self.columns[i] {
+    #[expect(clippy::cast_precision_loss, reason = "a number of rows, to f32's precision")]
+    fn cpu(&self) -> Result<[Tensor; 3]> {
+        let columns = columns(self.targets, self.logits.dim(1)?, self.ignore_index)?;
+        let rows = each_row([self.logits], |i, [x]| match columns[i] {
             Some(column) => {
                 let lse = row::log_sum_exp(x);
                 (lse, row::loss(lse, x[column]))
@@ -114,32 +129,51 @@ impl Kernel for Forward<'_> {
         })?;
         let (lse, losses): (Vec<[f32; 2]>, Vec<f32>) = rows.into_iter().unzip();
         let total: f64 = losses.into_iter().map(f64::from).sum();
-        let loss = (total / divisor(self.columns)) as f32;
+        let counted = columns.iter().flatten().count();
+        let loss = (total / counted.max(1) as f64) as f32;
         let device = self.logits.device();
-        let lse = Tensor::from_vec(lse.into_flattened(), (self.columns.len(), 2), device)?;
-        Ok((Tensor::new(loss, device)?, lse))
+        let lse = Tensor::from_vec(lse.into_flattened(), (columns.len(), 2), device)?;
+        Ok([Tensor::new(loss, device)?, lse, Tensor::new(&[counted as f32], device)?])
+    }
+
+    fn gpu(&self) -> Attempt<[Tensor; 3]> {
+        let (logits, targets) = (gpu::contiguous(self.logits)?, gpu::contiguous(self.targets)?);
+        let plans = plans(&logits, &targets, self.ignore_index)?;
+        let shapes = [Shape::from(()), Shape::from((plans.rows, 2)), Shape::from(1)];
+        let [loss, lse, one] = shapes.each_ref();
+        let mut outputs =
+            gpu::run(&[&logits, &targets], &[loss, lse, one, one], |tuning| plans.forward(tuning))?;
+        Ok([outputs.take()?, outputs.take()?, outputs.take()?])
     }
 }
 
 struct Gradient<'a> {
     logits: &'a Tensor,
-    columns: &'a [Option<usize>],
-    lse: &'a Tensor,
+    saved: &'a CrossEntropy,
     g: &'a Tensor,
 }
 
 impl Kernel for Gradient<'_> {
     type Output = Tensor;
 
-    #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
     fn cpu(&self) -> Result<Tensor> {
-        let lse = to_vec(self.lse)?;
+        let CrossEntropy { targets, ignore_index, lse, counted } = self.saved;
+        let columns = columns(targets, self.logits.dim(1)?, *ignore_index)?;
+        let (lse, counted) = (to_vec(lse)?, counted.flatten_all()?.get(0)?.to_scalar::<f32>()?);
         let (lse, _) = lse.as_chunks::<2>();
-        let g = (f64::from(self.g.to_scalar::<f32>()?) / divisor(self.columns)) as f32;
-        let ([dx], _) = map_rows([self.logits], self.logits.dtype(), |i, [x], [dx]| match self.columns[i] {
+        let g = self.g.to_scalar::<f32>()? / counted.max(1.0);
+        let ([dx], _) = map_rows([self.logits], self.logits.dtype(), |i, [x], [dx]| match columns[i] {
             Some(column) => row::backward(x, lse[i], column, g, dx),
             None => dx.fill(0.0),
         })?;
         Ok(dx)
+    }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        let CrossEntropy { targets, ignore_index, lse, counted } = self.saved;
+        let (logits, targets) = (gpu::contiguous(self.logits)?, gpu::contiguous(targets)?);
+        let (plans, g) = (plans(&logits, &targets, *ignore_index)?, gpu::contiguous(self.g)?);
+        let inputs = [&logits, &targets, lse, counted, &g];
+        Ok(gpu::run(&inputs, &[logits.shape()], |tuning| plans.backward(tuning))?.take()?)
     }
 }

@@ -1,16 +1,17 @@
 //! Layer normalisation (Ba, Kiros and Hinton, 2016) of rows of `d` elements:
 //! `x̂ = (x − mean(x))·r`, `y = x̂·w + b`, with `r = 1/√(mean((x − mean(x))²) + eps)`.
 //!
-//! Backward, with the saved mean and `r` of each row and `h = g·w`:
+//! Backward, with the mean and `r` recomputed and `h = g·w`:
 //! `dx = r·(h − mean(h) − x̂·mean(h·x̂))`, `dw = Σ_rows g·x̂`, `db = Σ_rows g`.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Shape, Tensor};
+use candlewick_kernels::layer_norm::{LayerNorm as Plans, LayerNormGradients};
 
-use crate::backend::cpu::{fold_rows, map_rows, to_vec};
-use crate::backend::{self, Kernel};
+use crate::backend::cpu::{each_row, fold_rows, map_rows, to_vec};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::norm as row;
-use crate::graph::{self, Backward, tracked};
+use crate::graph::{self, Backward};
 
 const OP: &str = "layer_norm";
 
@@ -54,19 +55,18 @@ pub fn reference(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps
     y.to_dtype(x.dtype())
 }
 
-fn fused(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Result<Tensor> {
-    let (y, moments) = backend::run(x.device(), &Forward { x, weight, bias, eps })?;
-    let op = LayerNorm { moments, weighted: weight.is_some() };
-    match (weight, bias) {
+fn fused(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f32) -> Attempt<Tensor> {
+    let y = backend::run(x.device(), &Forward { x, weight, bias, eps })?;
+    let op = LayerNorm { eps, weighted: weight.is_some() };
+    Ok(match (weight, bias) {
         (Some(weight), Some(bias)) => graph::record3(x, weight, bias, y, op),
         (Some(parameter), None) | (None, Some(parameter)) => graph::record2(x, parameter, y, op),
         (None, None) => graph::record1(x, y, op),
-    }
+    }?)
 }
 
 struct LayerNorm {
-    /// The mean and `r` of each row, `[rows, 2]` in f32.
-    moments: Tensor,
+    eps: f32,
     /// Of two arguments, the second is the weight.
     weighted: bool,
 }
@@ -79,15 +79,12 @@ impl LayerNorm {
         bias: Option<&Tensor>,
         g: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let moments = &self.moments;
-        let dx = || backend::run(x.device(), &Gradient { x, moments, weight, g });
-        let dw = || backend::run(x.device(), &WeightGradient { x, moments, g });
-        let db = || backend::run(x.device(), &BiasGradient { g });
-        Ok([
-            tracked(x, dx)?,
-            weight.map_or(Ok(None), |weight| tracked(weight, dw))?,
-            bias.map_or(Ok(None), |bias| tracked(bias, db))?,
-        ])
+        let wanted = LayerNormGradients {
+            x: x.track_op(),
+            weight: weight.is_some_and(Tensor::track_op),
+            bias: bias.is_some_and(Tensor::track_op),
+        };
+        Ok(backend::run(x.device(), &Gradients { x, weight, g, eps: self.eps, wanted })?)
     }
 }
 
@@ -128,6 +125,12 @@ impl Backward<3> for LayerNorm {
     }
 }
 
+/// The plans for `x`.
+fn plans(x: &Tensor, weight: bool, bias: bool, eps: f32) -> Result<Plans> {
+    let (rows, columns) = gpu::matrix(x);
+    Ok(Plans { rows, columns, storage: gpu::storage(x)?, weight, bias, eps })
+}
+
 struct Forward<'a> {
     x: &'a Tensor,
     weight: Option<&'a Tensor>,
@@ -136,68 +139,74 @@ struct Forward<'a> {
 }
 
 impl Kernel for Forward<'_> {
-    /// The result, and the mean and `r` of each row.
-    type Output = (Tensor, Tensor);
+    type Output = Tensor;
 
-    fn cpu(&self) -> Result<(Tensor, Tensor)> {
+    fn cpu(&self) -> Result<Tensor> {
         let weight = self.weight.map(to_vec).transpose()?;
         let bias = self.bias.map(to_vec).transpose()?;
-        let ([y], moments) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
-            row::layer_forward(x, weight.as_deref(), bias.as_deref(), self.eps, y)
+        let ([y], _) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
+            row::layer_forward(x, weight.as_deref(), bias.as_deref(), self.eps, y);
         })?;
-        let shape = (moments.len(), 2);
-        Ok((y, Tensor::from_vec(moments.into_flattened(), shape, self.x.device())?))
+        Ok(y)
+    }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        let plans = plans(self.x, self.weight.is_some(), self.bias.is_some(), self.eps)?;
+        let x = gpu::contiguous(self.x)?;
+        let weight = self.weight.map(gpu::contiguous).transpose()?;
+        let bias = self.bias.map(gpu::contiguous).transpose()?;
+        let inputs: Vec<&Tensor> = [Some(&x), weight.as_ref(), bias.as_ref()].into_iter().flatten().collect();
+        Ok(gpu::run(&inputs, &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
     }
 }
 
-struct Gradient<'a> {
+struct Gradients<'a> {
     x: &'a Tensor,
-    moments: &'a Tensor,
     weight: Option<&'a Tensor>,
     g: &'a Tensor,
+    eps: f32,
+    wanted: LayerNormGradients,
 }
 
-impl Kernel for Gradient<'_> {
-    type Output = Tensor;
+impl Kernel for Gradients<'_> {
+    /// Those of `x`, the weight and the bias that are wanted.
+    type Output = [Option<Tensor>; 3];
 
-    fn cpu(&self) -> Result<Tensor> {
-        let (moments, weight) = (to_vec(self.moments)?, self.weight.map(to_vec).transpose()?);
-        let (moments, _) = moments.as_chunks::<2>();
-        let ([dx], _) = map_rows([self.x, self.g], self.x.dtype(), |i, [x, g], [dx]| {
-            row::layer_backward(x, moments[i], weight.as_deref(), g, dx);
-        })?;
-        Ok(dx)
+    fn cpu(&self) -> Result<Self::Output> {
+        let dtype = self.x.dtype();
+        let weight = self.weight.map(to_vec).transpose()?;
+        let moments = each_row([self.x], |_, [x]| row::moments(x, self.eps))?;
+        let dx = || -> Result<Tensor> {
+            let ([dx], _) = map_rows([self.x, self.g], dtype, |i, [x, g], [dx]| {
+                row::layer_backward(x, moments[i], weight.as_deref(), g, dx);
+            })?;
+            Ok(dx)
+        };
+        let dw = || -> Result<Tensor> {
+            let [dw] = fold_rows([self.x, self.g], dtype, |i, [x, g], [dw]| {
+                row::weight_backward(x, moments[i], g, dw);
+            })?;
+            Ok(dw)
+        };
+        let db = || -> Result<Tensor> {
+            let [db] = fold_rows([self.g], dtype, |_, [g], [db]| row::bias_backward(g, db))?;
+            Ok(db)
+        };
+        let LayerNormGradients { x, weight, bias } = self.wanted;
+        Ok([x.then(dx).transpose()?, weight.then(dw).transpose()?, bias.then(db).transpose()?])
     }
-}
 
-struct WeightGradient<'a> {
-    x: &'a Tensor,
-    moments: &'a Tensor,
-    g: &'a Tensor,
-}
-
-impl Kernel for WeightGradient<'_> {
-    type Output = Tensor;
-
-    fn cpu(&self) -> Result<Tensor> {
-        let moments = to_vec(self.moments)?;
-        let (moments, _) = moments.as_chunks::<2>();
-        let [dw] = fold_rows([self.x, self.g], self.x.dtype(), |i, [x, g], [dw]| {
-            row::weight_backward(x, moments[i], g, dw);
-        })?;
-        Ok(dw)
-    }
-}
-
-struct BiasGradient<'a> {
-    g: &'a Tensor,
-}
-
-impl Kernel for BiasGradient<'_> {
-    type Output = Tensor;
-
-    fn cpu(&self) -> Result<Tensor> {
-        let [db] = fold_rows([self.g], self.g.dtype(), |_, [g], [db]| row::bias_backward(g, db))?;
-        Ok(db)
+    fn gpu(&self) -> Attempt<Self::Output> {
+        let Self { wanted, .. } = *self;
+        let plans = plans(self.x, self.weight.is_some(), wanted.bias, self.eps)?;
+        let (x, g) = (gpu::contiguous(self.x)?, gpu::contiguous(self.g)?);
+        let weight = self.weight.map(gpu::contiguous).transpose()?;
+        let inputs: Vec<&Tensor> = [Some(&x), Some(&g), weight.as_ref()].into_iter().flatten().collect();
+        let parameter = Shape::from(plans.columns);
+        let shapes = [(wanted.x, x.shape()), (wanted.weight, &parameter), (wanted.bias, &parameter)];
+        let shapes: Vec<&Shape> =
+            shapes.into_iter().filter(|(wanted, _)| *wanted).map(|(_, shape)| shape).collect();
+        let mut outputs = gpu::run(&inputs, &shapes, |tuning| plans.backward(wanted, tuning))?;
+        Ok([outputs.take_if(wanted.x)?, outputs.take_if(wanted.weight)?, outputs.take_if(wanted.bias)?])
     }
 }

@@ -6,10 +6,11 @@
 //!
 //! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`.
 
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
+use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
 use crate::backend::cpu::{map_rows, to_vec};
-use crate::backend::{self, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::dropout as row;
 use crate::graph::{self, Backward};
@@ -151,7 +152,7 @@ impl Sum<'_> {
         if self.dropout.is_none() && self.base.is_none() && self.bias.is_none() {
             return self.term.to_dtype(self.dtype);
         }
-        backend::run(self.term.device(), self)
+        Ok(backend::run(self.term.device(), self)?)
     }
 }
 
@@ -178,7 +179,13 @@ impl Kernel for Sum<'_> {
         Ok(sum)
     }
 
-    /// On the graph, where the terms are.
+    fn gpu(&self) -> Attempt<Tensor> {
+        Ok(self.composed()?)
+    }
+}
+
+impl Sum<'_> {
+    /// In plain Candle operations, on the graph where the terms are.
     fn composed(&self) -> Result<Tensor> {
         let mut sum = self.term.to_dtype(DType::F32)?;
         if let Some(dropout) = self.dropout {
@@ -195,11 +202,15 @@ impl Kernel for Sum<'_> {
 }
 
 /// `x·Wᵀ + bias`, recorded.
-pub(super) fn frozen(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn frozen(
+    op: &'static str,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Attempt<Tensor> {
     let weight = operand(weight)?;
-    let product = rows(&x.detach())?.matmul(&weight.t()?)?;
-    let y = Sum { term: &product, dropout: None, base: None, bias, dtype: x.dtype() }.compute()?;
-    graph::record1(x, like_rows(&y, x)?, FrozenBackward { op, weight })
+    let y = frozen_product(&rows(&x.detach())?, &weight, bias)?;
+    Ok(graph::record1(x, like_rows(&y, x)?, FrozenBackward { op, weight })?)
 }
 
 struct FrozenBackward {
@@ -238,15 +249,13 @@ impl LowRank {
         a: &Tensor,
         b: &Tensor,
         bias: Option<&Tensor>,
-    ) -> Result<Tensor> {
+    ) -> Attempt<Tensor> {
         self.weight = self.weight.as_ref().map(operand).transpose()?;
-        let (a_matrix, b_matrix) = self.matrices(a, b)?;
-        let x_rows = rows(&x.detach())?;
-        let h = (self.input(&x_rows, a.dtype())?.matmul(&a_matrix.t()?)? * f64::from(self.scaling))?;
-        let low = h.matmul(&b_matrix.t()?)?;
-        let base = self.weight.as_ref().map(|weight| x_rows.matmul(&weight.t()?)).transpose()?;
-        let sum = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
-        graph::record3(x, a, b, like_rows(&sum.compute()?, x)?, LowRankBackward { h, call: self })
+        let (y, h) = {
+            let (x, a, b) = (&rows(&x.detach())?, &self.a_matrix(a)?, &self.b_matrix(b)?);
+            backend::run(x.device(), &Forward { call: &self, x, a, b, bias })?
+        };
+        Ok(graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })?)
     }
 
     /// `D(x)` in the dtype of the low-rank products.
@@ -254,16 +263,86 @@ impl LowRank {
         Sum { term: x_rows, dropout: self.dropout, base: None, bias: None, dtype }.compute()
     }
 
-    /// A and B as `[r, in]` and `[out, r]`, ready for products.
-    fn matrices(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok((operand(&self.layout.turn(a)?)?, operand(&self.layout.turn(b)?)?))
+    /// A as `[r, in]`, ready for products.
+    fn a_matrix(&self, a: &Tensor) -> Result<Tensor> {
+        operand(&self.layout.turn(a)?)
     }
+
+    /// B as `[out, r]`, ready for products.
+    fn b_matrix(&self, b: &Tensor) -> Result<Tensor> {
+        operand(&self.layout.turn(b)?)
+    }
+
+    /// The plans for `x [n, in]`, A and B, with a base product or not.
+    fn plans(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Plans> {
+        let ((rows, inputs), (outputs, rank)) = (x.dims2()?, b.dims2()?);
+        let (a_strides, b_strides) = (a.stride(), b.stride());
+        Ok(Plans {
+            rows,
+            inputs,
+            outputs,
+            rank,
+            storage: gpu::storage(x)?,
+            adapter: gpu::storage(a)?,
+            a: FactorStrides { rank: a_strides[0], column: a_strides[1] },
+            b: FactorStrides { rank: b_strides[1], column: b_strides[0] },
+            scaling: self.scaling,
+            dropout: self.dropout.map(|Dropout { p, seed }| lora::Dropout { p, seed }),
+            base: self.weight.is_some(),
+        })
+    }
+}
+
+struct Forward<'a> {
+    call: &'a LowRank,
+    /// `[n, in]`
+    x: &'a Tensor,
+    /// `[r, in]`
+    a: &'a Tensor,
+    /// `[out, r]`
+    b: &'a Tensor,
+    bias: Option<&'a Tensor>,
+}
+
+impl Kernel for Forward<'_> {
+    /// The result `[n, out]`, and `h` where it is kept.
+    type Output = (Tensor, Option<Tensor>);
+
+    fn cpu(&self) -> Result<Self::Output> {
+        let Self { call, x, a, b, bias } = *self;
+        let h = (call.input(x, a.dtype())?.matmul(&a.t()?)? * f64::from(call.scaling))?;
+        let low = h.matmul(&b.t()?)?;
+        let base = call.weight.as_ref().map(|weight| x.matmul(&weight.t()?)).transpose()?;
+        let sum = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
+        Ok((sum.compute()?, Some(h)))
+    }
+
+    fn gpu(&self) -> Attempt<Self::Output> {
+        let Self { call, a, b, .. } = *self;
+        let x = &gpu::contiguous(self.x)?;
+        let plans = call.plans(x, a, b)?;
+        let shape = Shape::from((plans.rows, plans.outputs));
+        let mut outputs = match &call.weight {
+            Some(weight) => {
+                let base = frozen_product(x, weight, self.bias)?;
+                gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
+            }
+            None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
+        };
+        Ok((outputs.take()?, None))
+    }
+}
+
+/// `x·Wᵀ + bias` for matrices, fresh and contiguous.
+fn frozen_product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let product = x.matmul(&weight.t()?)?;
+    Sum { term: &product, dropout: None, base: None, bias, dtype: x.dtype() }.compute()
 }
 
 struct LowRankBackward {
     call: LowRank,
-    /// `s·D(x)·Aᵀ`.
-    h: Tensor,
+    /// `s·D(x)·Aᵀ`, where the backward does not recompute it.
+    h: Option<Tensor>,
 }
 
 impl Backward<3> for LowRankBackward {
@@ -273,29 +352,92 @@ impl Backward<3> for LowRankBackward {
 
     fn backward(&self, [x, a, b]: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let call = &self.call;
-        let (a_matrix, b_matrix) = call.matrices(a, b)?;
-        let grad = rows(grad)?;
+        let wanted = LoraGradients { x: x.track_op(), a: a.track_op(), b: b.track_op() };
+        let (a_matrix, b_matrix) = (call.a_matrix(a)?, call.b_matrix(b)?);
+        let (x_rows, grad) = (rows(&x.detach())?, rows(grad)?);
+        let gradients =
+            Gradients { saved: self, x: &x_rows, a: &a_matrix, b: &b_matrix, grad: &grad, wanted };
+        let [dx, da, db] = backend::run(x.device(), &gradients)?;
+        Ok([
+            dx.map(|dx| dx.reshape(x.shape())).transpose()?,
+            da.map(|da| call.layout.turn(&da)).transpose()?,
+            db.map(|db| call.layout.turn(&db)).transpose()?,
+        ])
+    }
+}
+
+struct Gradients<'a> {
+    saved: &'a LowRankBackward,
+    /// `[n, in]`
+    x: &'a Tensor,
+    /// `[r, in]`
+    a: &'a Tensor,
+    /// `[out, r]`
+    b: &'a Tensor,
+    /// `[n, out]`
+    grad: &'a Tensor,
+    wanted: LoraGradients,
+}
+
+impl Kernel for Gradients<'_> {
+    /// Those of `x [n, in]`, `a [r, in]` and `b [out, r]` that are wanted.
+    type Output = [Option<Tensor>; 3];
+
+    fn cpu(&self) -> Result<Self::Output> {
+        let Self { saved: LowRankBackward { call, h }, x, a, b, grad, wanted } = *self;
         let low_grad = grad.to_dtype(a.dtype())?;
         let mut gradients = [None, None, None];
-        if b.track_op() {
-            gradients[2] = Some(call.layout.turn(&low_grad.t()?.matmul(&self.h)?)?);
+        if let (true, Some(h)) = (wanted.b, h) {
+            gradients[2] = Some(low_grad.t()?.matmul(h)?);
         }
-        if !(x.track_op() || a.track_op()) {
+        if !(wanted.x || wanted.a) {
             return Ok(gradients);
         }
-        let e = (low_grad.matmul(&b_matrix)? * f64::from(call.scaling))?;
-        if a.track_op() {
-            let input = call.input(&rows(&x.detach())?, a.dtype())?;
-            gradients[1] = Some(call.layout.turn(&e.t()?.matmul(&input)?)?);
+        let e = (low_grad.matmul(b)? * f64::from(call.scaling))?;
+        if wanted.a {
+            gradients[1] = Some(e.t()?.matmul(&call.input(x, a.dtype())?)?);
         }
-        if x.track_op() {
+        if wanted.x {
             let base = call.weight.as_ref().map(|weight| grad.matmul(weight)).transpose()?;
-            let term = &e.matmul(&a_matrix)?;
-            let (dropout, base) = (call.dropout, base.as_ref());
-            let sum = Sum { term, dropout, base, bias: None, dtype: x.dtype() };
-            gradients[0] = Some(sum.compute()?.reshape(x.shape())?);
+            let (term, dropout, base) = (&e.matmul(a)?, call.dropout, base.as_ref());
+            gradients[0] = Some(Sum { term, dropout, base, bias: None, dtype: x.dtype() }.compute()?);
         }
         Ok(gradients)
+    }
+
+    fn gpu(&self) -> Attempt<Self::Output> {
+        let Self { saved: LowRankBackward { call, .. }, a, b, wanted, .. } = *self;
+        let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
+        let plans = call.plans(x, a, b)?;
+        // A factor's gradient lies as the factor does.
+        let lying = |strides: FactorStrides, columns| {
+            let along_ranks = strides.rank < strides.column;
+            (
+                along_ranks,
+                Shape::from(if along_ranks { (columns, plans.rank) } else { (plans.rank, columns) }),
+            )
+        };
+        let ((a_turned, a_shape), (b_turned, b_shape)) =
+            (lying(plans.a, plans.inputs), lying(plans.b, plans.outputs));
+        let shapes = [(wanted.x, x.shape()), (wanted.a, &a_shape), (wanted.b, &b_shape)];
+        let shapes: Vec<&Shape> =
+            shapes.into_iter().filter(|(wanted, _)| *wanted).map(|(_, shape)| shape).collect();
+        let plan = |tuning| plans.backward(wanted, tuning);
+        let mut outputs = match call.weight.as_ref().filter(|_| wanted.x) {
+            Some(weight) => {
+                let base = grad.matmul(weight)?;
+                gpu::run_in_place(&[x, a, b, grad, &base], &shapes, plan)?
+            }
+            None => gpu::run(&[x, a, b, grad], &shapes, plan)?,
+        };
+        let dx = outputs.take_if(wanted.x)?;
+        let turn = |gradient: Option<Tensor>, turned: bool| match gradient {
+            Some(gradient) if turned => gradient.t().map(Some),
+            gradient => Ok(gradient),
+        };
+        let da = turn(outputs.take_if(wanted.a)?, a_turned)?;
+        let db = turn(outputs.take_if(wanted.b)?, !b_turned)?;
+        Ok([dx, da, db])
     }
 }
 

@@ -5,6 +5,8 @@
 
 pub mod cross_entropy;
 pub mod frozen_linear;
+mod gated;
+pub mod gelu_mul;
 pub mod layer_norm;
 pub mod lora_delta;
 pub mod lora_linear;

@@ -1,16 +1,16 @@
 //! Root-mean-square normalisation (Zhang and Sennrich, 2019) of rows of `d` elements:
 //! `x̂ = x·r`, `y = x̂·w`, with `r = 1/√(mean(x²) + eps)`.
 //!
-//! Backward, with the saved `r` of each row and `h = g·w`:
-//! `dx = r·(h − x̂·mean(h·x̂))`, `dw = Σ_rows g·x̂`.
+//! Backward, with `r` recomputed and `h = g·w`: `dx = r·(h − x̂·mean(h·x̂))`, `dw = Σ_rows g·x̂`.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Shape, Tensor};
+use candlewick_kernels::rms_norm::{RmsNorm as Plans, RmsNormGradients};
 
-use crate::backend::cpu::{fold_rows, map_rows, to_vec};
-use crate::backend::{self, Kernel};
+use crate::backend::cpu::{each_row, fold_rows, map_rows, to_vec};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::norm as row;
-use crate::graph::{self, Backward, tracked};
+use crate::graph::{self, Backward};
 
 const OP: &str = "rms_norm";
 
@@ -45,17 +45,23 @@ pub fn reference(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor
     y.to_dtype(x.dtype())
 }
 
-fn fused(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Tensor> {
-    let (y, r) = backend::run(x.device(), &Forward { x, weight, eps })?;
-    match weight {
-        Some(weight) => graph::record2(x, weight, y, RmsNorm { r }),
-        None => graph::record1(x, y, RmsNorm { r }),
-    }
+fn fused(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Attempt<Tensor> {
+    let y = backend::run(x.device(), &Forward { x, weight, eps })?;
+    Ok(match weight {
+        Some(weight) => graph::record2(x, weight, y, RmsNorm { eps }),
+        None => graph::record1(x, y, RmsNorm { eps }),
+    }?)
 }
 
 struct RmsNorm {
-    /// The factor `r` of each row, in f32.
-    r: Tensor,
+    eps: f32,
+}
+
+impl RmsNorm {
+    fn gradients(&self, x: &Tensor, weight: Option<&Tensor>, g: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let wanted = RmsNormGradients { x: x.track_op(), weight: weight.is_some_and(Tensor::track_op) };
+        Ok(backend::run(x.device(), &Gradients { x, weight, g, eps: self.eps, wanted })?)
+    }
 }
 
 impl Backward<1> for RmsNorm {
@@ -64,8 +70,8 @@ impl Backward<1> for RmsNorm {
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        let gradient = Gradient { x, r: &self.r, weight: None, g };
-        Ok([tracked(x, || backend::run(x.device(), &gradient))?])
+        let [dx, _] = self.gradients(x, None, g)?;
+        Ok([dx])
     }
 }
 
@@ -75,12 +81,14 @@ impl Backward<2> for RmsNorm {
     }
 
     fn backward(&self, [x, w]: [&Tensor; 2], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        let r = &self.r;
-        let gradient = Gradient { x, r, weight: Some(w), g };
-        let dx = tracked(x, || backend::run(x.device(), &gradient))?;
-        let dw = tracked(w, || backend::run(x.device(), &WeightGradient { x, r, g }))?;
-        Ok([dx, dw])
+        self.gradients(x, Some(w), g)
     }
+}
+
+/// The plans for `x`.
+fn plans(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> Result<Plans> {
+    let (rows, columns) = gpu::matrix(x);
+    Ok(Plans { rows, columns, storage: gpu::storage(x)?, weight: weight.is_some(), eps })
 }
 
 struct Forward<'a> {
@@ -90,51 +98,65 @@ struct Forward<'a> {
 }
 
 impl Kernel for Forward<'_> {
-    /// The result and the factor of each row.
-    type Output = (Tensor, Tensor);
+    type Output = Tensor;
 
-    fn cpu(&self) -> Result<(Tensor, Tensor)> {
+    fn cpu(&self) -> Result<Tensor> {
         let weight = self.weight.map(to_vec).transpose()?;
-        let ([y], r) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
-            row::rms_forward(x, weight.as_deref(), self.eps, y)
+        let ([y], _) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
+            row::rms_forward(x, weight.as_deref(), self.eps, y);
         })?;
-        Ok((y, Tensor::new(r, self.x.device())?))
+        Ok(y)
+    }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        let plans = plans(self.x, self.weight, self.eps)?;
+        let (x, weight) = (gpu::contiguous(self.x)?, self.weight.map(gpu::contiguous).transpose()?);
+        let inputs: Vec<&Tensor> = [Some(&x), weight.as_ref()].into_iter().flatten().collect();
+        Ok(gpu::run(&inputs, &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
     }
 }
 
-struct Gradient<'a> {
+struct Gradients<'a> {
     x: &'a Tensor,
-    r: &'a Tensor,
     weight: Option<&'a Tensor>,
     g: &'a Tensor,
+    eps: f32,
+    wanted: RmsNormGradients,
 }
 
-impl Kernel for Gradient<'_> {
-    type Output = Tensor;
+impl Kernel for Gradients<'_> {
+    /// Those of `x` and the weight that are wanted.
+    type Output = [Option<Tensor>; 2];
 
-    fn cpu(&self) -> Result<Tensor> {
-        let (r, weight) = (to_vec(self.r)?, self.weight.map(to_vec).transpose()?);
-        let ([dx], _) = map_rows([self.x, self.g], self.x.dtype(), |i, [x, g], [dx]| {
-            row::rms_backward(x, r[i], weight.as_deref(), g, dx);
-        })?;
-        Ok(dx)
+    fn cpu(&self) -> Result<Self::Output> {
+        let dtype = self.x.dtype();
+        let weight = self.weight.map(to_vec).transpose()?;
+        let r = each_row([self.x], |_, [x]| row::inverse_rms(x, self.eps))?;
+        let dx = || -> Result<Tensor> {
+            let ([dx], _) = map_rows([self.x, self.g], dtype, |i, [x, g], [dx]| {
+                row::rms_backward(x, r[i], weight.as_deref(), g, dx);
+            })?;
+            Ok(dx)
+        };
+        let dw = || -> Result<Tensor> {
+            let [dw] = fold_rows([self.x, self.g], dtype, |i, [x, g], [dw]| {
+                row::weight_backward(x, [0.0, r[i]], g, dw);
+            })?;
+            Ok(dw)
+        };
+        Ok([self.wanted.x.then(dx).transpose()?, self.wanted.weight.then(dw).transpose()?])
     }
-}
 
-struct WeightGradient<'a> {
-    x: &'a Tensor,
-    r: &'a Tensor,
-    g: &'a Tensor,
-}
-
-impl Kernel for WeightGradient<'_> {
-    type Output = Tensor;
-
-    fn cpu(&self) -> Result<Tensor> {
-        let r = to_vec(self.r)?;
-        let [dw] = fold_rows([self.x, self.g], self.x.dtype(), |i, [x, g], [dw]| {
-            row::weight_backward(x, [0.0, r[i]], g, dw);
-        })?;
-        Ok(dw)
+    fn gpu(&self) -> Attempt<Self::Output> {
+        let Self { wanted, .. } = *self;
+        let plans = plans(self.x, self.weight, self.eps)?;
+        let (x, g) = (gpu::contiguous(self.x)?, gpu::contiguous(self.g)?);
+        let weight = self.weight.map(gpu::contiguous).transpose()?;
+        let inputs: Vec<&Tensor> = [Some(&x), Some(&g), weight.as_ref()].into_iter().flatten().collect();
+        let shapes =
+            [wanted.x.then(|| x.shape()), weight.as_ref().filter(|_| wanted.weight).map(Tensor::shape)];
+        let shapes: Vec<&Shape> = shapes.into_iter().flatten().collect();
+        let mut outputs = gpu::run(&inputs, &shapes, |tuning| plans.backward(wanted, tuning))?;
+        Ok([outputs.take_if(wanted.x)?, outputs.take_if(wanted.weight)?])
     }
 }

@@ -6,9 +6,10 @@
 //! The tables are constants and get no gradient.
 
 use candle_core::{D, DType, Result, Tensor, bail};
+use candlewick_kernels::rope::Rope as Plans;
 
 use crate::backend::cpu::{map_rows, to_vec};
-use crate::backend::{self, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::rope as row;
 use crate::graph::{self, Backward, tracked};
@@ -94,9 +95,9 @@ pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> 
     Tensor::cat(&[&turned, &rest], D::Minus1)?.to_dtype(x.dtype())
 }
 
-fn fused(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
-    let y = backend::run(x.device(), &Rotation { x, cos, sin, layout })?;
-    graph::record1(x, y, Rope { cos: cos.detach(), sin: sin.detach(), layout })
+fn fused(x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Attempt<Tensor> {
+    let y = backend::run(x.device(), &Rotation { x, cos, sin, layout, back: false })?;
+    Ok(graph::record1(x, y, Rope { cos: cos.detach(), sin: sin.detach(), layout })?)
 }
 
 struct Rope {
@@ -111,11 +112,8 @@ impl Backward<1> for Rope {
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        let gradient = || {
-            let sin = self.sin.neg()?;
-            backend::run(x.device(), &Rotation { x: g, cos: &self.cos, sin: &sin, layout: self.layout })
-        };
-        Ok([tracked(x, gradient)?])
+        let rotation = Rotation { x: g, cos: &self.cos, sin: &self.sin, layout: self.layout, back: true };
+        Ok([tracked(x, || Ok(backend::run(x.device(), &rotation)?))?])
     }
 }
 
@@ -124,6 +122,8 @@ struct Rotation<'a> {
     cos: &'a Tensor,
     sin: &'a Tensor,
     layout: RopeLayout,
+    /// By the opposite angle.
+    back: bool,
 }
 
 impl Kernel for Rotation<'_> {
@@ -132,7 +132,12 @@ impl Kernel for Rotation<'_> {
     fn cpu(&self) -> Result<Tensor> {
         let (_, heads, t, _) = self.x.dims4()?;
         let half = self.cos.dim(D::Minus1)?;
-        let (cos, sin) = (to_vec(self.cos)?, to_vec(self.sin)?);
+        let (cos, mut sin) = (to_vec(self.cos)?, to_vec(self.sin)?);
+        if self.back {
+            for sin in &mut sin {
+                *sin = -*sin;
+            }
+        }
         let rotate = match self.layout {
             RopeLayout::Half => row::half,
             RopeLayout::Interleaved => row::interleaved,
@@ -144,5 +149,30 @@ impl Kernel for Rotation<'_> {
             rotate(x, &cos[angles.clone()], &sin[angles], y);
         })?;
         Ok(y)
+    }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        // The kernel reads rows where they lie, if they are contiguous themselves.
+        let x = match *self.x.stride() {
+            [.., 1] => self.x.clone(),
+            _ => gpu::contiguous(self.x)?,
+        };
+        let cos = gpu::contiguous(self.cos)?;
+        let sin = gpu::contiguous(&self.sin.to_dtype(cos.dtype())?)?;
+        let (batch, heads, positions, columns) = x.dims4()?;
+        let plans = Plans {
+            batch,
+            heads,
+            positions,
+            columns,
+            rotary: 2 * cos.dim(D::Minus1)?,
+            strides: [x.stride()[0], x.stride()[1], x.stride()[2]],
+            batched_table: cos.rank() == 3,
+            interleaved: self.layout == RopeLayout::Interleaved,
+            storage: gpu::storage(&x)?,
+            table: gpu::storage(&cos)?,
+        };
+        let plan = |tuning| if self.back { plans.backward(tuning) } else { plans.forward(tuning) };
+        Ok(gpu::run(&[&x, &cos, &sin], &[x.shape()], plan)?.take()?)
     }
 }

@@ -6,9 +6,10 @@
 //! Backward, from the saved result: `dx_j = s·y_j·(g_j − Σ_k g_k·y_k)`.
 
 use candle_core::{D, DType, Result, Tensor, bail};
+use candlewick_kernels::softmax::Softmax as Plans;
 
 use crate::backend::cpu::map_rows;
-use crate::backend::{self, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::softmax as row;
 use crate::graph::{self, Backward, tracked};
@@ -84,9 +85,9 @@ pub fn reference(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?.to_dtype(x.dtype())
 }
 
-fn fused(x: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+fn fused(x: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
     let y = backend::run(x.device(), &Forward { x, options })?;
-    graph::record1(x, y, Softmax { options })
+    Ok(graph::record1(x, y, Softmax { options })?)
 }
 
 struct Softmax {
@@ -100,8 +101,18 @@ impl Backward<1> for Softmax {
 
     fn backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
         let gradient = Gradient { y, g, options: self.options };
-        Ok([tracked(x, || backend::run(x.device(), &gradient))?])
+        Ok([tracked(x, || Ok(backend::run(x.device(), &gradient)?))?])
     }
+}
+
+/// The plans for `x`.
+fn plans(x: &Tensor, options: SoftmaxOptions) -> Result<Plans> {
+    let (rows, columns) = gpu::matrix(x);
+    let causal_queries = match options.mask {
+        Mask::None => None,
+        Mask::Causal => Some(x.dim(D::Minus2)?),
+    };
+    Ok(Plans { rows, columns, storage: gpu::storage(x)?, scale: options.scale, causal_queries })
 }
 
 /// How many entries of a row are visible.
@@ -134,6 +145,11 @@ impl Kernel for Forward<'_> {
         })?;
         Ok(y)
     }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        let (plans, x) = (plans(self.x, self.options)?, gpu::contiguous(self.x)?);
+        Ok(gpu::run(&[&x], &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
+    }
 }
 
 struct Gradient<'a> {
@@ -153,5 +169,11 @@ impl Kernel for Gradient<'_> {
             hidden.fill(0.0);
         })?;
         Ok(dx)
+    }
+
+    fn gpu(&self) -> Attempt<Tensor> {
+        let (plans, y, g) =
+            (plans(self.y, self.options)?, gpu::contiguous(self.y)?, gpu::contiguous(self.g)?);
+        Ok(gpu::run(&[&y, &g], &[y.shape()], |tuning| plans.backward(tuning))?.take()?)
     }
 }

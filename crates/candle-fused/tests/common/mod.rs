@@ -9,6 +9,7 @@
     reason = "values made from integers, and the mathematics' own names"
 )]
 
+pub mod cases;
 pub mod oracle;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -246,6 +247,19 @@ impl Case {
                 fused <= allowed,
                 "{what}: {which}: error {fused:.3e}, allowed {allowed:.3e} (reference {reference:.3e}, scale {scale:.3e})"
             );
+        }
+    }
+
+    /// A gradient arrives for every choice of the trackable arguments, exactly there.
+    pub fn gradients_arrive(&self, device: &Device) {
+        let trackable: Vec<usize> = (0..self.args.len()).filter(|&k| self.args[k].tracked).collect();
+        for chosen in 1u32..1 << trackable.len() {
+            let mut args = self.args.clone();
+            for (bit, &k) in trackable.iter().enumerate() {
+                args[k].tracked = chosen >> bit & 1 == 1;
+            }
+            let bases = bases(&args, DType::F32).unwrap();
+            run(true, &args, &bases, DType::F32, device, &self.fused).unwrap();
         }
     }
 

@@ -91,6 +91,13 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     (gate * sigmoid)? * up
 }
 
+pub fn gelu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let root = std::f64::consts::FRAC_2_PI.sqrt();
+    let t = ((gate + ((gate * 0.044_715)? * gate.sqr()?)?)? * root)?;
+    let share = ((t.tanh()? + 1.0)? * 0.5)?;
+    (gate * share)? * up
+}
+
 /// The mean over rows with a target.
 pub fn cross_entropy(x: &Tensor, targets: &[Option<usize>]) -> Result<Tensor> {
     let (n, v) = x.dims2()?;

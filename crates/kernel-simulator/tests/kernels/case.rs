@@ -115,8 +115,10 @@ fn judge(got: &[f64], exact: &[f64], reference: &[f64], element: Element) -> Res
     ))
 }
 
-/// The largest error and its place. A NaN is the largest of all.
+/// The largest error and its place. A NaN is the largest of all, but right where it belongs.
 fn worst(got: &[f64], exact: &[f64]) -> (usize, f64) {
-    let errors = got.iter().zip(exact).map(|(got, exact)| (got - exact).abs()).enumerate();
+    let error =
+        |(got, exact): (&f64, &f64)| if got.is_nan() && exact.is_nan() { 0.0 } else { (got - exact).abs() };
+    let errors = got.iter().zip(exact).map(error).enumerate();
     errors.fold((0, 0.0), |worst, error| if error.1 > worst.1 || error.1.is_nan() { error } else { worst })
 }

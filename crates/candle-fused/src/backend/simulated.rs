@@ -1,0 +1,101 @@
+//! The kernel simulator in a GPU's place: the tests run every op's GPU path on CPU tensors, and any bug that the
+//! simulator sees fails them.
+
+use std::cell::Cell;
+use std::sync::LazyLock;
+
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor};
+use candlewick_kernels::{Plan, Role};
+use kernel_simulator::Simulator;
+
+use super::Attempt;
+use super::gpu::{Outputs, dtype};
+use crate::shared_tests::cases::all_cases;
+use crate::shared_tests::{DTYPES, LAYOUTS, Lies};
+
+thread_local! {
+    static ON: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread's CPU tensors are a GPU's.
+pub(super) fn is_on() -> bool {
+    ON.get()
+}
+
+/// Runs `f` with this thread's CPU tensors on a GPU.
+pub(crate) fn simulate<R>(f: impl FnOnce() -> R) -> R {
+    struct Off;
+    impl Drop for Off {
+        fn drop(&mut self) {
+            ON.set(false);
+        }
+    }
+    let _off = Off;
+    ON.set(true);
+    f()
+}
+
+/// Runs a plan on what its inputs hold from their offsets on. The outputs have these shapes.
+pub(super) fn run(plan: &Plan, inputs: &[&Tensor], shapes: &[&Shape]) -> Attempt<Outputs> {
+    static SIMULATOR: LazyLock<Simulator> = LazyLock::new(|| Simulator::new().unwrap());
+    let inputs = plan.with_role(Role::Input).zip(inputs).map(|((_, buffer), input)| bytes(input, buffer.len));
+    let inputs: Vec<Vec<u8>> = inputs.collect();
+    let inputs: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+    let run = SIMULATOR.run(plan, &inputs).unwrap();
+    assert!(run.reports.is_empty(), "{run}");
+    let outputs =
+        plan.with_role(Role::Output).zip(shapes).zip(&run.outputs).map(|(((_, buffer), &shape), bytes)| {
+            Tensor::from_raw_buffer(bytes, dtype(buffer.element), shape.dims(), &Device::Cpu)
+        });
+    Ok(Outputs::new(outputs.collect::<Result<_>>()?))
+}
+
+/// `len` elements of a tensor's storage, from the tensor's first on.
+fn bytes(tensor: &Tensor, len: usize) -> Vec<u8> {
+    macro_rules! bytes {
+        ($values:expr, $start:expr) => {
+            $values[$start..$start + len].iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+    }
+    if len == 0 {
+        return Vec::new();
+    }
+    let (storage, layout) = tensor.storage_and_layout();
+    let start = layout.start_offset();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => bytes!(values, start),
+        Storage::Cpu(CpuStorage::F16(values)) => bytes!(values, start),
+        Storage::Cpu(CpuStorage::BF16(values)) => bytes!(values, start),
+        Storage::Cpu(CpuStorage::U32(values)) => bytes!(values, start),
+        Storage::Cpu(CpuStorage::I64(values)) => bytes!(values, start),
+        _ => unreachable!("an input of another kind"),
+    }
+}
+
+/// Every op, forward and backward, in every dtype and layout, as a GPU would run it, by the error rule. Sizes are few:
+/// those of the kernels have tests of their own.
+#[test]
+fn ops_on_a_simulated_gpu() {
+    let run = |n, lies, dtypes: &[DType]| {
+        for case in all_cases(n, lies) {
+            for &dtype in dtypes {
+                simulate(|| case.error_rule(dtype, &Device::Cpu));
+            }
+        }
+    };
+    for lies in LAYOUTS {
+        run(33, lies, &[DType::F32]);
+    }
+    for n in [0, 1, 64] {
+        run(n, Lies::Contiguous, &DTYPES);
+    }
+    run(40, Lies::Window, &[DType::BF16]);
+}
+
+/// As on a device, a gradient arrives exactly where an argument is tracked.
+#[test]
+fn gradients_arrive_from_a_simulated_gpu() {
+    for case in all_cases(6, Lies::Contiguous) {
+        simulate(|| case.gradients_arrive(&Device::Cpu));
+    }
+}
