@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_fused::telemetry::{self, OpCount, Path};
 use candle_fused::{
     DeviceKind, LoraLayout, LoraLinearOptions, RopeLayout, SoftmaxOptions, cross_entropy, frozen_linear,
-    fused_ops, layer_norm, lora_delta, lora_linear, rms_norm, rope, silu_mul, softmax,
+    fused_ops, gelu_mul, layer_norm, lora_delta, lora_linear, rms_norm, rope, silu_mul, softmax,
 };
 
 #[test]
