@@ -128,6 +128,8 @@ impl Work<'_> {
             return Err(DeviceError::Unsupported { what: "a plan without inputs".into() }.into());
         };
         match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => self.on(&super::cuda::Cuda::of(device)?),
             #[cfg(test)]
             Device::Cpu => {
                 let plan = self.plan(self.tuning(Tuning::default().max_threads))?;

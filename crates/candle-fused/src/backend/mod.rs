@@ -5,7 +5,13 @@
 //! tensor is on.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+mod disk_cache;
 pub(crate) mod gpu;
+#[cfg(feature = "cuda")]
+mod nvrtc;
 #[cfg(test)]
 mod simulated;
 
@@ -71,7 +77,8 @@ const OPS: [(&str, bool); 10] = [
 const fn has_kernels(kind: DeviceKind) -> bool {
     match kind {
         DeviceKind::Cpu => true,
-        DeviceKind::Cuda | DeviceKind::Metal => false,
+        DeviceKind::Cuda => cfg!(feature = "cuda"),
+        DeviceKind::Metal => false,
     }
 }
 
