@@ -95,7 +95,7 @@ pub struct Hello {
 pub struct Times {
     /// Microseconds of each sample, that is of all its calls together.
     pub samples_us: Vec<f64>,
-    /// For `ours`: how often which path ran during the timed calls.
+    /// For `ours`: how often which path ran since the inputs were given.
     #[serde(default)]
     pub paths: Option<Paths>,
     /// How the time was taken, where that is not plain.

@@ -14,7 +14,8 @@ use crate::{Error, Result, ops};
 /// An engine in one of its variants, with a process of its own.
 pub struct Contender {
     pub variant: String,
-    start: Start,
+    /// How to start it again; `None` where it was not started by this program.
+    start: Option<Start>,
     session: Option<Session>,
     pub hello: Hello,
 }
@@ -28,12 +29,19 @@ impl Contender {
             let session = first.take().map_or_else(|| Session::start(start, device, threads), Ok)?;
             Ok(Self {
                 variant: variant.clone(),
-                start: start.clone(),
+                start: Some(start.clone()),
                 session: Some(session),
                 hello: hello.clone(),
             })
         };
         hello.variants.iter().map(contender).collect()
+    }
+
+    /// An engine that already runs.
+    #[cfg(test)]
+    pub fn adopt(session: Session) -> Self {
+        let hello = session.hello.clone();
+        Self { variant: hello.variants[0].clone(), start: None, session: Some(session), hello }
     }
 
     /// `engine`, or `engine variant`.
@@ -47,8 +55,8 @@ impl Contender {
 
     /// The process, started again if it ended.
     pub fn running(&mut self, device: DeviceName, threads: usize) -> Result<&mut Session> {
-        if self.session.is_none() {
-            self.session = Some(Session::start(&self.start, device, threads)?);
+        if let (None, Some(start)) = (&self.session, &self.start) {
+            self.session = Some(Session::start(start, device, threads)?);
         }
         self.session.as_mut().ok_or_else(|| Error::Engine("no process".to_owned()))
     }
@@ -201,6 +209,11 @@ impl Entry<'_> {
         let session = self.contender.running(settings.device, settings.threads)?;
         session.tell(&Request::Inputs { path: round.path.clone(), copies, warm: !self.is_slow })?;
         for plan in &self.plans {
+            // What was caught twice is not believed a third time.
+            let is_caught = |outcome: &Outcome| outcome.way == plan.way && outcome.problem.is_some();
+            if self.outcomes.iter().any(is_caught) {
+                continue;
+            }
             let mut measured = measure(session, case, &settings.physics, round, *plan)?;
             if let Some(outcome) = self.outcomes.iter_mut().find(|outcome| outcome.way == plan.way) {
                 check_path(&mut measured, settings.allow_fallback);
@@ -230,7 +243,7 @@ impl Entry<'_> {
 }
 
 /// A case that was to run fused and did not is a problem, or at least a note.
-fn check_path(measured: &mut Measured, allow_fallback: bool) {
+pub fn check_path(measured: &mut Measured, allow_fallback: bool) {
     let Some(paths) = &measured.times.paths else { return };
     if paths.fallback > 0 || paths.fused == 0 {
         let what = format!("fell back ({})", paths.reasons.join("; "));

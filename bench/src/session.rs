@@ -40,6 +40,7 @@ impl Session {
             return Err(Error::Engine(format!("{}: no pipes", start.name)));
         };
         Self::talk(Box::new(writer), Box::new(BufReader::new(reader)), Some(child), device, threads)
+            .map_err(|e| Error::Engine(format!("{} with {}: {e}", start.name, start.program.display())))
     }
 
     /// Greets an engine at the other end of two streams.
@@ -68,7 +69,7 @@ impl Session {
         self.reader.read_line(&mut line).map_err(Error::stream)?;
         let wall = start.elapsed();
         if line.is_empty() {
-            return Err(Error::Engine(format!("{} ended", self.hello.engine)));
+            return Err(Error::Engine(format!("the engine {} ended", self.hello.engine)));
         }
         match serde_json::from_str(&line)
             .map_err(|e| Error::Engine(format!("{}: {e}: {line}", self.hello.engine)))?

@@ -97,6 +97,8 @@ impl Engine {
         let state = self.state()?;
         state.copies.clear();
         state.last = None;
+        // A backward pass alone has its forward pass here.
+        telemetry::reset();
         let tensors = candle_core::safetensors::load(path, &device)?;
         for _ in 0..copies.max(1) {
             let prepared = Prepared::new(library, state.case, &state.variant, &tensors)?;
@@ -115,7 +117,6 @@ impl Engine {
         if state.copies.is_empty() {
             return Err(Error::Engine("no inputs were given".to_owned()));
         }
-        telemetry::reset();
         let (samples_us, note) = match way {
             Way::Graph => state.time_on_device(&device, samples, calls)?,
             _ => (state.time_on_host(&device, way, samples, calls)?, None),
