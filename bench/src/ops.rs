@@ -60,7 +60,7 @@ pub fn inputs(case: &Case) -> Vec<Input> {
                 input("sin", &[rows, half], Values::Sin, false),
             ]
         }
-        Op::SiluMul => {
+        Op::SiluMul | Op::GeluMul => {
             vec![input("gate", &[rows, cols], unit, true), input("up", &[rows, cols], unit, true)]
         }
         Op::CrossEntropy => vec![x(normal(0.0, 2.0)), input("targets", &[rows], Values::Targets, false)],
@@ -141,6 +141,7 @@ pub fn cost(case: &Case) -> Cost {
             ((2.0 * n + table, 0.0, 3.0 * n), (2.0 * n + table, 0.0, 3.0 * n))
         }
         Op::SiluMul => ((3.0 * n, 0.0, 5.0 * n), (5.0 * n, 0.0, 11.0 * n)),
+        Op::GeluMul => ((3.0 * n, 0.0, 9.0 * n), (5.0 * n, 0.0, 19.0 * n)),
         Op::CrossEntropy => ((n, 0.0, 3.0 * n), (2.0 * n, 0.0, 3.0 * n)),
         Op::FrozenLinear => {
             let product = 2.0 * n * out;

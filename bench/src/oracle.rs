@@ -45,7 +45,7 @@ pub fn tolerance(case: &Case) -> f64 {
 /// The outputs of a case for the rows `chosen`.
 pub fn expected(case: &Case, inputs: &Tensors, chosen: &[usize]) -> Expected {
     let mut all = match case.op {
-        Op::Softmax | Op::Rope | Op::SiluMul => elementwise(case, inputs, chosen),
+        Op::Softmax | Op::Rope | Op::SiluMul | Op::GeluMul => elementwise(case, inputs, chosen),
         Op::RmsNorm | Op::LayerNorm => norm(case, inputs, chosen),
         Op::CrossEntropy => cross_entropy(case, inputs, chosen),
         Op::FrozenLinear | Op::LoraDelta | Op::LoraLinear => linear(case, inputs, chosen),
@@ -132,16 +132,30 @@ fn elementwise(case: &Case, inputs: &Tensors, chosen: &[usize]) -> Expected {
                 let g = gradient(i, gate.len());
                 let (mut y, mut dgate, mut dup) = (Vec::new(), Vec::new(), Vec::new());
                 for ((z, up), g) in gate.into_iter().zip(up).zip(g) {
-                    let sigma = 1.0 / (1.0 + (-z).exp());
-                    y.push(z * sigma * up);
-                    dgate.push(g * up * sigma * (1.0 + z * (1.0 - sigma)));
-                    dup.push(g * z * sigma);
+                    let (value, slope) = if case.op == Op::SiluMul { silu(z) } else { gelu(z) };
+                    y.push(value * up);
+                    dgate.push(g * up * slope);
+                    dup.push(g * value);
                 }
                 [y, dgate, dup]
             };
             join(["y", "dgate", "dup"], chosen.par_iter().map(of_row).collect())
         }
     }
+}
+
+/// `z·σ(z)` and its derivative.
+fn silu(z: f64) -> (f64, f64) {
+    let sigma = 1.0 / (1.0 + (-z).exp());
+    (z * sigma, sigma * (1.0 + z * (1.0 - sigma)))
+}
+
+/// `z·(1 + tanh t)/2` with `t = √(2/π)·(z + 0.044715·z³)`, and its derivative.
+fn gelu(z: f64) -> (f64, f64) {
+    let root = (2.0 / std::f64::consts::PI).sqrt();
+    let tanh = (root * (z + 0.044_715 * z.powi(3))).tanh();
+    let inner = root * (1.0 + 3.0 * 0.044_715 * z * z);
+    (0.5 * z * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * z * (1.0 - tanh * tanh) * inner)
 }
 
 /// `x̂ = (x − mean)/√(variance + ε)`, without the mean for the RMS norm.

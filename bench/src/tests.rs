@@ -254,7 +254,7 @@ fn every_operation_runs_and_agrees_with_float64() {
                 small.push(case);
             }
         }
-        assert!(small.len() >= 27, "an operation has no case file");
+        assert!(small.len() >= 30, "an operation has no case file");
         for report in measured(small, own(library), 1e18) {
             let outcome = &report.outcomes[0];
             assert!(outcome.us.is_some(), "{}: {outcome:?}", report.id);

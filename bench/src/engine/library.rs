@@ -69,6 +69,7 @@ fn ours(case: &Case, arguments: &Arguments) -> Result<Tensor> {
         Op::LayerNorm => candle_fused::layer_norm(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,
         Op::Rope => candle_fused::rope(get("x")?, get("cos")?, get("sin")?, RopeLayout::Half)?,
         Op::SiluMul => candle_fused::silu_mul(get("gate")?, get("up")?)?,
+        Op::GeluMul => candle_fused::gelu_mul(get("gate")?, get("up")?)?,
         Op::CrossEntropy => candle_fused::cross_entropy(get("x")?, get("targets")?, None)?,
         Op::FrozenLinear => candle_fused::frozen_linear(get("x")?, get("w")?, None)?,
         Op::LoraDelta => {
@@ -86,6 +87,7 @@ fn reference(case: &Case, arguments: &Arguments) -> Result<Tensor> {
         Op::LayerNorm => fused::layer_norm::reference(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,
         Op::Rope => fused::rope::reference(get("x")?, get("cos")?, get("sin")?, RopeLayout::Half)?,
         Op::SiluMul => fused::silu_mul::reference(get("gate")?, get("up")?)?,
+        Op::GeluMul => fused::gelu_mul::reference(get("gate")?, get("up")?)?,
         Op::CrossEntropy => fused::cross_entropy::reference(get("x")?, get("targets")?, None)?,
         Op::FrozenLinear => fused::frozen_linear::reference(get("x")?, get("w")?, None)?,
         Op::LoraDelta => {
@@ -112,6 +114,7 @@ fn candle(case: &Case, arguments: &Arguments) -> Result<Tensor> {
         Op::Rope if composed => rotary_emb::rope_slow(get("x")?, get("cos")?, get("sin")?)?,
         Op::Rope => rotary_emb::rope(get("x")?, get("cos")?, get("sin")?)?,
         Op::SiluMul => (nn::silu(get("gate")?)? * get("up")?)?,
+        Op::GeluMul => (get("gate")?.gelu()? * get("up")?)?,
         Op::CrossEntropy => loss::cross_entropy(get("x")?, get("targets")?)?,
         Op::FrozenLinear => product(get("x")?, get("w")?)?,
         Op::LoraDelta => delta(get("x")?, get("a")?, get("b")?)?,
