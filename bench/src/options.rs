@@ -94,9 +94,9 @@ struct Options {
     /// Rounds of a case at most
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Seconds for the rounds of a case; three rounds are always made [default: 3, small 1.5]
-    #[arg(long)]
-    budget: Option<f64>,
+    /// Seconds for the rounds of a case; three rounds are always made
+    #[arg(long, default_value_t = 1.2)]
+    budget: f64,
     /// Fresh processes for each training step and engine
     #[arg(long, default_value_t = 2)]
     training_rounds: usize,
@@ -216,7 +216,7 @@ impl Options {
                 physics,
                 scratch: scratch.path(),
                 rounds: self.rounds,
-                budget: Duration::from_secs_f64(self.budget.unwrap_or(if self.small { 1.5 } else { 3.0 })),
+                budget: Duration::from_secs_f64(self.budget),
                 allow_fallback: self.allow_fallback,
                 compile: !self.small,
                 seed: self.seed.wrapping_mul(1 << 20),
