@@ -147,25 +147,29 @@ class Engine:
         self.last = last
         return {"is": "times", "samples_us": times}
 
-    def time_graph(self, samples, calls):
-        """GPU time of a graph that holds as many calls as a sample, by the GPU's own clock."""
+    def ready(self, way, calls):
+        """Captures a sample's calls as a graph; fresh inputs go into the buffers that it knows."""
         if self.device != "cuda":
             raise common.Unsupported("graphs are CUDA's")
-        if self.graphs is None or self.graphs[0] != calls:
-            self.graphs = None
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for copy in self.copies:
-                    copy.call()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for at in range(calls):
-                    last = self.copies[at % len(self.copies)].call()
-            self.graphs = (calls, graph, last)
-            graph.replay()
-            self.synchronize()
+        if self.graphs is not None and self.graphs[0] == calls:
+            return
+        self.graphs = self.last = None
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for copy in self.copies:
+                copy.call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for at in range(calls):
+                last = self.copies[at % len(self.copies)].call()
+        self.graphs = (calls, graph, last)
+        graph.replay()
+        self.synchronize()
+
+    def time_graph(self, samples, calls):
+        """GPU time of a graph that holds as many calls as a sample, by the GPU's own clock."""
         _, graph, self.last = self.graphs
         times = []
         for _ in range(samples):

@@ -40,6 +40,11 @@ impl Round {
         Ok(Self { path, expected, rows, outputs: folder.join("outputs.safetensors") })
     }
 
+    /// The request for what is checked.
+    pub fn request(&self, case: &Case) -> Request {
+        Request::Output { path: self.outputs.clone(), rows: self.chosen(case) }
+    }
+
     fn chosen(&self, case: &Case) -> BTreeMap<String, Vec<usize>> {
         let Some(rows) = &self.rows else { return BTreeMap::new() };
         let names = self.expected.keys().filter(|name| oracle::by_rows(case, name));
@@ -91,13 +96,16 @@ fn once(
     round: &Round,
     plan: Plan,
 ) -> Result<Measured> {
+    if plan.way == Way::Graph {
+        session.tell(&Request::Ready { way: plan.way, calls: plan.calls })?;
+    }
     let request = Request::Time { way: plan.way, samples: plan.samples, calls: plan.calls };
     let (times, wall) = match session.ask(&request)? {
         (Reply::Times(times), wall) => (times, wall),
         (Reply::Unsupported { reason }, _) => return Err(crate::Error::Engine(reason)),
         (other, _) => return Err(session.unexpected("times", &other)),
     };
-    let output = Request::Output { path: round.outputs.clone(), rows: round.chosen(case) };
+    let output = round.request(case);
     let first_output = session.tell(&output)?;
     let got = tensors::read(&round.outputs)?;
     let second_output = session.tell(&output)?;

@@ -103,6 +103,9 @@ struct Options {
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
+    /// The commit that was built, where git cannot say [default: git's]
+    #[arg(long, value_name = "TEXT")]
+    commit: Option<String>,
     /// Decides all inputs
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -185,7 +188,7 @@ impl Options {
                 .chain(std::env::args().skip(1))
                 .collect::<Vec<_>>()
                 .join(" "),
-            commit: commit(),
+            commit: self.commit.clone().unwrap_or_else(commit),
             machine: machine::facts(device),
             engines: Vec::new(),
             missing: std::collections::BTreeMap::new(),

@@ -22,6 +22,8 @@ pub enum Request {
     /// Read this safetensors file and make this many copies of its tensors; if `warm`, call the operation once on each,
     /// and wait.
     Inputs { path: PathBuf, copies: usize, warm: bool },
+    /// Get ready to time in this way with so many calls to a sample: capturing a graph belongs here.
+    Ready { way: Way, calls: usize },
     /// Call the operation `samples × calls` times, over the copies in turn, with the clock on, and nothing else.
     Time { way: Way, samples: usize, calls: usize },
     /// Write the outputs of the last timed call as a safetensors file, of the tensors named in `rows` these rows alone.

@@ -83,7 +83,8 @@ pub struct Settings<'a> {
 /// Microseconds that a sample takes at least, where a call is shorter; and that a timing takes about.
 const SAMPLE_US: f64 = 1_500.0;
 const TIMING_US: f64 = 45_000.0;
-/// An engine whose call takes longer than this has its turn in three rounds only.
+const GPU_TIMING_US: f64 = 12_000.0;
+/// An engine whose call takes longer than this has its turn in two rounds only.
 const SLOW_US: f64 = 400_000.0;
 
 /// Runs every chosen case and calls `done` after each.
@@ -151,7 +152,7 @@ fn one(
             let turn = if index % 2 == 0 { turn } else { count - 1 - turn };
             let entry = &mut entries[(turn + index / 2) % count];
             if !entry.plans.is_empty()
-                && (index < 3 || !entry.is_slow)
+                && (index < 2 || !entry.is_slow)
                 && let Err(error) = entry.turn(case, &round, copies, settings)
             {
                 entry.fail(&error);
@@ -187,14 +188,15 @@ impl Entry<'_> {
         let request = Request::Prepare { case: *case, variant, eps: ops::EPS, scaling: ops::SCALING };
         session.tell(&request)?;
         session.tell(&Request::Inputs { path: trial.path.clone(), copies, warm: false })?;
+        let timing_us = if settings.device == DeviceName::Cpu { TIMING_US } else { GPU_TIMING_US };
         let mut outcomes = Vec::new();
         for &way in ways {
             let mut outcome = Outcome::new(&engine, &label, way);
-            match plan(session, way) {
-                Ok(plan) => {
+            match plan(session, way, timing_us) {
+                Ok((plan, us)) => {
                     // The first request for outputs may load what writes them.
-                    let warm = measure(session, case, &settings.physics, trial, Plan { samples: 1, ..plan })?;
-                    self.is_slow |= warm.us > SLOW_US;
+                    session.tell(&trial.request(case))?;
+                    self.is_slow |= us > SLOW_US;
                     self.plans.push(plan);
                 }
                 Err(error) => outcome.unsupported = Some(error.to_string()),
@@ -255,11 +257,14 @@ pub fn check_path(measured: &mut Measured, allow_fallback: bool) {
     }
 }
 
-fn plan(session: &mut Session, way: Way) -> Result<Plan> {
+fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> {
     let mut us = f64::INFINITY;
     for calls in [1, 1, 16] {
         if us > SLOW_US && us.is_finite() || us > SAMPLE_US && calls > 1 {
             break;
+        }
+        if way == Way::Graph {
+            session.tell(&Request::Ready { way, calls })?;
         }
         let (reply, _) = session.ask(&Request::Time { way, samples: 1, calls })?;
         let Reply::Times(Times { samples_us, .. }) = reply else {
@@ -276,6 +281,6 @@ fn plan(session: &mut Session, way: Way) -> Result<Plan> {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
     let whole = |value: f64, low: f64, high: f64| value.clamp(low, high) as usize;
     let calls = whole((SAMPLE_US / us).ceil(), 1.0, 1000.0);
-    let samples = whole(TIMING_US / (us * ops::as_f64(calls)), 1.0, 30.0);
-    Ok(Plan { way, samples, calls })
+    let samples = whole(timing_us / (us * ops::as_f64(calls)), 1.0, 30.0);
+    Ok((Plan { way, samples, calls }, us))
 }

@@ -77,6 +77,7 @@ impl Fake {
                 tensors::write(&path, &self.outputs(&rows)).unwrap();
                 Reply::Done
             }
+            Request::Ready { .. } => Reply::Done,
             _ => Reply::Unsupported { reason: "a fake".to_owned() },
         }
     }

@@ -15,48 +15,46 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, DriverErr
 use super::call::Outputs;
 use crate::{Error, Result};
 
-/// Samples by the GPU's clock.
-pub struct Timed {
-    pub samples_us: Vec<f64>,
-    /// What the last call computed.
-    pub last: Option<Outputs>,
-    pub note: Option<String>,
-}
-
-/// Calls until a graph is complete.
+/// Calls the operation once.
 pub type Next<'a> = &'a mut dyn FnMut() -> Result<Outputs>;
 
-/// The GPU time of `samples` times `calls` calls: of a graph that holds the calls of a sample, or, where they cannot be
-/// captured, between two events around launches back to back, which the host may hold up.
-pub fn time(device: &Device, samples: usize, calls: usize, next: Next<'_>) -> Result<Timed> {
-    let Device::Cuda(cuda) = device else {
-        return Err(Error::Engine("only a GPU has a clock of its own".to_owned()));
+/// Samples by the GPU's clock, and what the last call computed.
+pub type Timed = (Vec<f64>, Option<Outputs>);
+
+/// A graph of calls.
+pub struct Captured {
+    graph: CudaGraph,
+    stream: Arc<CudaStream>,
+    last: Option<Outputs>,
+}
+
+impl Captured {
+    /// The GPU time of whole graphs.
+    pub fn time(&self, samples: usize) -> Result<Timed> {
+        let launch = || self.graph.launch().map_err(driver);
+        let samples_us = (0..samples).map(|_| between_events(&self.stream, launch)).collect::<Result<_>>()?;
+        Ok((samples_us, self.last.clone()))
+    }
+}
+
+/// The GPU time between two events around so many launches back to back, which the host may hold up.
+pub fn time_launches(device: &Device, samples: usize, calls: usize, next: Next<'_>) -> Result<Timed> {
+    let stream = cuda(device)?.cuda_stream();
+    let mut last = None;
+    let mut launch = || {
+        for _ in 0..calls {
+            last = Some(next()?);
+        }
+        Ok(())
     };
-    let stream = cuda.cuda_stream();
-    match capture(cuda, &stream, calls, next) {
-        Ok((graph, last)) => {
-            graph.launch().map_err(driver)?;
-            stream.synchronize().map_err(driver)?;
-            let mut samples_us = Vec::with_capacity(samples);
-            for _ in 0..samples {
-                samples_us.push(between_events(&stream, || graph.launch().map_err(driver))?);
-            }
-            Ok(Timed { samples_us, last, note: None })
-        }
-        Err(error) => {
-            let mut last = None;
-            let mut samples_us = Vec::with_capacity(samples);
-            for _ in 0..samples {
-                samples_us.push(between_events(&stream, || {
-                    for _ in 0..calls {
-                        last = Some(next()?);
-                    }
-                    Ok(())
-                })?);
-            }
-            let note = format!("no graph ({error}): events around launches, which the host may hold up");
-            Ok(Timed { samples_us, last, note: Some(note) })
-        }
+    let samples_us = (0..samples).map(|_| between_events(&stream, &mut launch)).collect::<Result<_>>()?;
+    Ok((samples_us, last))
+}
+
+fn cuda(device: &Device) -> Result<&CudaDevice> {
+    match device {
+        Device::Cuda(cuda) => Ok(cuda),
+        _ => Err(Error::Engine("only a GPU has a clock of its own".to_owned())),
     }
 }
 
@@ -70,13 +68,10 @@ fn between_events(stream: &Arc<CudaStream>, launch: impl FnOnce() -> Result<()>)
     Ok(f64::from(start.elapsed_ms(&end).map_err(driver)?) * 1e3)
 }
 
-/// A graph of so many calls, and the outputs of its last one.
-fn capture(
-    cuda: &CudaDevice,
-    stream: &Arc<CudaStream>,
-    calls: usize,
-    next: Next<'_>,
-) -> Result<(CudaGraph, Option<Outputs>)> {
+/// A graph of so many calls.
+pub fn capture(device: &Device, calls: usize, next: Next<'_>) -> Result<Captured> {
+    let cuda = cuda(device)?;
+    let stream = cuda.cuda_stream();
     // Candle uploads shapes and strides; what is captured must find them uploaded.
     let _uploads = cuda.enable_cuda_graph_htod_cache();
     for _ in 0..calls.min(64) {
@@ -100,10 +95,12 @@ fn capture(
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags);
     called?;
-    match graph.map_err(driver)? {
-        Some(graph) => Ok((graph, last)),
-        None => Err(Error::Engine("nothing was captured".to_owned())),
-    }
+    let Some(graph) = graph.map_err(driver)? else {
+        return Err(Error::Engine("nothing was captured".to_owned()));
+    };
+    graph.launch().map_err(driver)?;
+    stream.synchronize().map_err(driver)?;
+    Ok(Captured { graph, stream, last })
 }
 
 fn driver(error: DriverError) -> Error {

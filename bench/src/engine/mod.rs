@@ -49,6 +49,9 @@ struct State {
     variant: String,
     copies: Vec<Prepared>,
     last: Option<Outputs>,
+    /// The calls of a sample, or why they cannot be captured.
+    #[cfg(feature = "cuda")]
+    graph: Option<std::result::Result<cuda::Captured, String>>,
 }
 
 impl Engine {
@@ -63,10 +66,24 @@ impl Engine {
                 if let Some(reason) = self.library.lacks(&case, &variant) {
                     return Ok(Reply::Unsupported { reason });
                 }
-                self.state = Some(State { case, variant, copies: Vec::new(), last: None });
+                self.state = Some(State {
+                    case,
+                    variant,
+                    copies: Vec::new(),
+                    last: None,
+                    #[cfg(feature = "cuda")]
+                    graph: None,
+                });
                 Ok(Reply::Done)
             }
             Request::Inputs { path, copies, warm } => self.inputs(&path, copies, warm),
+            #[cfg(feature = "cuda")]
+            Request::Ready { way: Way::Graph, calls } => {
+                let device = self.device.clone();
+                self.state()?.capture(&device, calls);
+                Ok(Reply::Done)
+            }
+            Request::Ready { .. } => Ok(Reply::Done),
             Request::Time { way, samples, calls } => self.time(way, samples, calls),
             Request::Output { path, rows } => self.output(&path, &rows),
             Request::Limits => Ok(Reply::Limits(limits(&self.device)?)),
@@ -95,8 +112,12 @@ impl Engine {
     fn inputs(&mut self, path: &Path, copies: usize, warm: bool) -> Result<Reply> {
         let (library, device) = (self.library, self.device.clone());
         let state = self.state()?;
-        state.copies.clear();
         state.last = None;
+        #[cfg(feature = "cuda")]
+        {
+            state.graph = None;
+        }
+        state.copies.clear();
         // A backward pass alone has its forward pass here.
         telemetry::reset();
         let tensors = candle_core::safetensors::load(path, &device)?;
@@ -168,6 +189,17 @@ impl State {
         Ok(samples_us)
     }
 
+    /// Captures a sample's calls as a graph.
+    #[cfg(feature = "cuda")]
+    fn capture(&mut self, device: &Device, calls: usize) {
+        self.last = None;
+        self.graph = None;
+        let mut copies = self.copies.iter().cycle();
+        let mut next =
+            || copies.next().map_or_else(|| Err(Error::Engine("no copies".to_owned())), Prepared::call);
+        self.graph = Some(cuda::capture(device, calls, &mut next).map_err(|error| error.to_string()));
+    }
+
     #[cfg(feature = "cuda")]
     fn time_on_device(
         &mut self,
@@ -175,12 +207,20 @@ impl State {
         samples: usize,
         calls: usize,
     ) -> Result<(Vec<f64>, Option<String>)> {
-        let mut copies = self.copies.iter().cycle();
-        let mut next =
-            || copies.next().map_or_else(|| Err(Error::Engine("no copies".to_owned())), Prepared::call);
-        let timed = cuda::time(device, samples, calls, &mut next)?;
-        self.last = timed.last;
-        Ok((timed.samples_us, timed.note))
+        let (timed, note) = match &self.graph {
+            Some(Ok(graph)) => (graph.time(samples)?, None),
+            Some(Err(error)) => {
+                let mut copies = self.copies.iter().cycle();
+                let mut next = || {
+                    copies.next().map_or_else(|| Err(Error::Engine("no copies".to_owned())), Prepared::call)
+                };
+                let note = format!("no graph ({error}): events around launches, which the host may hold up");
+                (cuda::time_launches(device, samples, calls, &mut next)?, Some(note))
+            }
+            None => return Err(Error::Engine("no graph was captured".to_owned())),
+        };
+        self.last = timed.1;
+        Ok((timed.0, note))
     }
 
     #[cfg(not(feature = "cuda"))]
