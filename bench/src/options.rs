@@ -97,9 +97,9 @@ struct Options {
     /// Seconds for the rounds of a case; three rounds are always made
     #[arg(long, default_value_t = 1.2)]
     budget: f64,
-    /// Fresh processes for each training step and engine
-    #[arg(long, default_value_t = 2)]
-    training_rounds: usize,
+    /// Fresh processes for each training step and engine [default: 2 for tiny, else 1]
+    #[arg(long)]
+    training_rounds: Option<usize>,
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
@@ -274,11 +274,13 @@ impl Options {
             }
         }
         let wanted = training::all(device);
+        let mut slow = trainings::Slow::new();
         for training in wanted.iter().filter(|t| self.is_wanted(&t.id()) && (!self.small || t.is_small())) {
-            let rounds = self.training_rounds;
+            let rounds = self.training_rounds.unwrap_or(training.processes);
             let threads = self.parts.threads;
-            let done =
-                trainings::run(training, &trainers, device, threads, rounds, physics, self.allow_fallback);
+            let how =
+                trainings::How { device, threads, rounds, physics, allow_fallback: self.allow_fallback };
+            let done = trainings::run(training, &trainers, &how, &mut slow);
             for outcome in &done.outcomes {
                 let rate = outcome.tokens_per_second.unwrap_or(f64::NAN);
                 let problem = outcome.problem.as_deref().unwrap_or("");

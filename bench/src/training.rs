@@ -17,6 +17,8 @@ pub struct Training {
     pub rank: usize,
     pub alpha: f64,
     pub learning_rate: f64,
+    /// Fresh processes of every engine.
+    pub processes: usize,
     /// Steps outside the clock.
     pub warmup: usize,
     /// Steps in it.
@@ -61,6 +63,7 @@ pub fn all(device: DeviceName) -> Vec<Training> {
         rank: rank as usize,
         alpha: 2.0 * f64::from(rank),
         learning_rate: 1e-3,
+        processes: if name == "tiny" { 2 } else { 1 },
         warmup,
         steps,
         limit_seconds: 15.0,

@@ -1,6 +1,7 @@
 //! Runs training steps: a fresh process for every measurement, the engines in turn.
 
-use crate::Result;
+use std::collections::BTreeMap;
+
 use crate::case::{DeviceName, Dtype};
 use crate::judge::Physics;
 use crate::ops::as_f64;
@@ -9,6 +10,7 @@ use crate::report::{TrainingOutcome, TrainingReport};
 use crate::session::{Session, Start};
 use crate::statistics::median;
 use crate::training::Training;
+use crate::{Error, Result};
 
 /// An engine and one of its variants.
 pub struct Trainer {
@@ -23,26 +25,41 @@ struct Run {
     peak_bytes: Option<f64>,
     trained: Trained,
     problem: Option<String>,
-    /// A single step took longer than the limit of all.
-    is_slow: bool,
 }
 
+/// How steps are measured.
+pub struct How<'a> {
+    pub device: DeviceName,
+    pub threads: usize,
+    pub rounds: usize,
+    pub physics: &'a Physics,
+    pub allow_fallback: bool,
+}
+
+/// Engines, by label and dtype, of which a single step took longer than the limit for all, and which step. They are not
+/// asked for larger models: a processor without 16-bit arithmetic takes minutes for each.
+pub type Slow = BTreeMap<(String, &'static str), String>;
+
 /// Measures one training step with every trainer, ours first.
-pub fn run(
-    training: &Training,
-    trainers: &[Trainer],
-    device: DeviceName,
-    threads: usize,
-    rounds: usize,
-    physics: &Physics,
-    allow_fallback: bool,
-) -> TrainingReport {
+pub fn run(training: &Training, trainers: &[Trainer], how: &How<'_>, slow: &mut Slow) -> TrainingReport {
+    let dtype = training.dtype.name();
     let mut runs: Vec<Vec<Result<Run>>> = trainers.iter().map(|_| Vec::new()).collect();
-    for _ in 0..rounds {
+    for _ in 0..how.rounds {
         for (trainer, runs) in trainers.iter().zip(&mut runs) {
-            // Who failed, or needs minutes, is not asked again.
-            if runs.iter().all(|run: &Result<Run>| run.as_ref().is_ok_and(|run| !run.is_slow)) {
-                runs.push(once(training, trainer, device, threads, physics, allow_fallback));
+            if let Some(before) = slow.get(&(trainer.label.clone(), dtype)) {
+                if runs.is_empty() {
+                    runs.push(Err(Error::Engine(format!("not asked: {before}"))));
+                }
+            } else if runs.iter().all(Result::is_ok) {
+                let run = once(training, trainer, how);
+                if let Ok(run) = &run
+                    && let seconds = median(&run.trained.step_seconds)
+                    && seconds > training.limit_seconds
+                {
+                    let key = (trainer.label.clone(), dtype);
+                    slow.insert(key, format!("{} took {seconds:.0} s a step", training.id()));
+                }
+                runs.push(run);
             }
         }
     }
@@ -79,39 +96,26 @@ fn outcome(label: &str, runs: &[Result<Run>]) -> TrainingOutcome {
     }
 }
 
-fn once(
-    training: &Training,
-    trainer: &Trainer,
-    device: DeviceName,
-    threads: usize,
-    physics: &Physics,
-    allow_fallback: bool,
-) -> Result<Run> {
-    let mut session = Session::start(&trainer.start, device, threads)?;
+fn once(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<Run> {
+    let mut session = Session::start(&trainer.start, how.device, how.threads)?;
     let request = Request::Train { training: training.clone(), variant: trainer.variant.clone() };
     let (reply, wall) = session.ask(&request)?;
     let Reply::Trained(trained) = reply else {
         return Err(session.unexpected("training", &reply));
     };
-    let peak_bytes = match device {
+    let peak_bytes = match how.device {
         DeviceName::Cpu => session.peak_resident_bytes(),
         DeviceName::Cuda => trained.peak_device_bytes,
     };
-    let problem = judge(training, &trained, wall.as_secs_f64(), physics, allow_fallback);
+    let problem = judge(training, &trained, wall.as_secs_f64(), how);
     let tokens_per_second = as_f64(training.batch * training.tokens) / median(&trained.step_seconds);
-    let is_slow = median(&trained.step_seconds) > training.limit_seconds;
-    Ok(Run { tokens_per_second, peak_bytes, trained, problem, is_slow })
+    Ok(Run { tokens_per_second, peak_bytes, trained, problem })
 }
 
 /// What speaks against these steps: too few, more time than passed, less than the products of the frozen weights take,
 /// a first loss that is not a random model's, a loss that several steps on one batch did not lower, a path that is not the fused one.
-fn judge(
-    training: &Training,
-    trained: &Trained,
-    wall: f64,
-    physics: &Physics,
-    allow_fallback: bool,
-) -> Option<String> {
+fn judge(training: &Training, trained: &Trained, wall: f64, how: &How<'_>) -> Option<String> {
+    let How { physics, allow_fallback, .. } = *how;
     let seconds = &trained.step_seconds;
     let (Some(&first), Some(&last)) = (trained.losses.first(), trained.losses.last()) else {
         return Some("no losses".to_owned());
