@@ -260,7 +260,7 @@ pub fn check_path(measured: &mut Measured, allow_fallback: bool) {
 fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> {
     let mut us = f64::INFINITY;
     for calls in [1, 1, 16] {
-        if us > SLOW_US && us.is_finite() || us > SAMPLE_US && calls > 1 {
+        if us.is_finite() && (us > SLOW_US || us > SAMPLE_US && calls > 1) {
             break;
         }
         if way == Way::Graph {
@@ -273,7 +273,7 @@ fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> 
                 other => session.unexpected("times", &other),
             });
         };
-        us = samples_us.first().copied().unwrap_or(f64::NAN) / ops::as_f64(calls);
+        us = us.min(samples_us.first().copied().unwrap_or(f64::INFINITY) / ops::as_f64(calls));
     }
     if !(us.is_finite() && us > 0.0) {
         us = SAMPLE_US;
