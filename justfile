@@ -15,3 +15,7 @@ check:
 # The whole of CI.
 ci:
     .ci/run
+
+# The benchmark: `just bench cpu`, `just bench cpu --small`. bench/setup installs the other engines.
+bench *args:
+    cargo run --release -p candlewick-bench -- {{args}}

@@ -18,6 +18,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
+use rayon::prelude::*;
 
 use crate::train::Parameter;
 use crate::{Error, Result};
@@ -61,8 +62,8 @@ pub fn load_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device) ->
     Ok(decoder)
 }
 
-/// Reads a model whose parameters are all trainable, or draws them from `seed` where the folder has no weights:
-/// normal with the configuration's `initializer_range`, norms one, biases zero.
+/// Reads a model whose parameters are all trainable, or draws them as [`RandomWeights`] does where the folder has no
+/// weights.
 ///
 /// # Errors
 /// As [`load_frozen`].
@@ -75,12 +76,7 @@ pub fn load_trainable(
     let config = load_config(files)?;
     let mut parameters = Vec::new();
     let decoder = if files.weight_files()?.is_empty() {
-        let init = Initializer {
-            rng: ChaCha8Rng::seed_from_u64(seed),
-            std: config.initializer_range,
-            dtype: dtype.unwrap_or(DType::F32),
-            device: device.clone(),
-        };
+        let init = RandomWeights::new(&config, seed, dtype.unwrap_or(DType::F32), device);
         build(config, &mut Trainable(init, &mut parameters))?
     } else {
         let mut source = Trainable(Weights::open(files, dtype, device)?, &mut parameters);
@@ -117,23 +113,45 @@ impl<S: ParameterSource> ParameterSource for Trainable<'_, S> {
     }
 }
 
-/// Draws fresh parameters as transformers does.
-struct Initializer {
-    rng: ChaCha8Rng,
+/// Draws fresh parameters as transformers does: matrices are normal with the configuration's `initializer_range`, norms
+/// one, biases zero. The same seed gives the same values, whatever the number of threads.
+pub struct RandomWeights {
+    seed: u64,
+    /// Blocks drawn so far; each has a stream of its own.
+    blocks: u64,
     std: f64,
     dtype: DType,
     device: Device,
 }
 
-impl ParameterSource for Initializer {
+impl RandomWeights {
+    /// Parameters for a model of this configuration, in f32, f16 or bf16.
+    #[must_use]
+    pub fn new(config: &ModelConfig, seed: u64, dtype: DType, device: &Device) -> Self {
+        Self { seed, blocks: 0, std: config.initializer_range, dtype, device: device.clone() }
+    }
+
+    fn matrix(&mut self, shape: &[usize]) -> Result<Tensor> {
+        const BLOCK: usize = 1 << 16;
+        let normal =
+            Normal::new(0.0, self.std).map_err(|e| Error::Config(format!("initializer_range: {e}")))?;
+        let mut values = vec![0f32; shape.iter().product()];
+        let first = self.blocks;
+        self.blocks += values.len().div_ceil(BLOCK) as u64;
+        values.par_chunks_mut(BLOCK).enumerate().for_each(|(index, block)| {
+            let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+            rng.set_stream(first + index as u64);
+            #[expect(clippy::cast_possible_truncation, reason = "drawn in f64, kept in f32")]
+            block.fill_with(|| normal.sample(&mut rng) as f32);
+        });
+        Ok(Tensor::from_vec(values, shape, &self.device)?)
+    }
+}
+
+impl ParameterSource for RandomWeights {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = if shape.len() == 2 {
-            let normal =
-                Normal::new(0.0, self.std).map_err(|e| Error::Config(format!("initializer_range: {e}")))?;
-            let count = shape.iter().product();
-            #[expect(clippy::cast_possible_truncation, reason = "drawn in f64, kept in f32")]
-            let values: Vec<f32> = (0..count).map(|_| normal.sample(&mut self.rng) as f32).collect();
-            Tensor::from_vec(values, shape, &self.device)?
+            self.matrix(shape)?
         } else if name.rsplit('.').next() == Some("bias") {
             Tensor::zeros(shape, DType::F32, &self.device)?
         } else {

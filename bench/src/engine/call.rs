@@ -1,0 +1,139 @@
+//! One call of an operation on one set of buffers, with the gradients that the mode asks for.
+
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
+
+use super::library::Library;
+use crate::case::{Case, Mode, Op};
+use crate::ops;
+use crate::{Error, Result};
+
+/// What a call computed, by name.
+pub type Outputs = Vec<(String, Tensor)>;
+
+/// The arguments of an operation, by name.
+pub struct Arguments {
+    tensors: HashMap<&'static str, Tensor>,
+}
+
+impl Arguments {
+    /// An argument that the case has.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        self.tensors.get(name).ok_or_else(|| Error::Engine(format!("no input {name}")))
+    }
+}
+
+/// A set of buffers.
+pub struct Prepared {
+    library: Library,
+    case: Case,
+    is_reference: bool,
+    arguments: Arguments,
+    tracked: Vec<(String, Var)>,
+    /// The graph of a forward pass made beforehand.
+    graph: Option<Tensor>,
+}
+
+impl Prepared {
+    /// Fresh buffers with the values of `tensors`.
+    pub fn new(
+        library: Library,
+        case: Case,
+        variant: &str,
+        tensors: &HashMap<String, Tensor>,
+    ) -> Result<Self> {
+        let mut arguments = HashMap::new();
+        let mut tracked = Vec::new();
+        for input in ops::inputs(&case) {
+            let name = input.name;
+            let given = tensors.get(name).ok_or_else(|| Error::Engine(format!("no input {name}")))?;
+            let fresh = library.argument(name, &given.copy()?)?;
+            if input.tracked && case.mode != Mode::Forward {
+                let var = Var::from_tensor(&fresh)?;
+                arguments.insert(name, var.as_tensor().clone());
+                tracked.push((format!("d{name}"), var));
+            } else {
+                arguments.insert(name, fresh);
+            }
+        }
+        let is_reference = variant == "reference";
+        let mut prepared = Self {
+            library,
+            case,
+            is_reference,
+            arguments: Arguments { tensors: arguments },
+            tracked,
+            graph: None,
+        };
+        if case.mode == Mode::Backward {
+            prepared.graph = Some(prepared.loss(&prepared.result()?)?);
+        }
+        Ok(prepared)
+    }
+
+    /// What is timed.
+    pub fn call(&self) -> Result<Outputs> {
+        if let Some(loss) = &self.graph {
+            return self.gradients(&loss.backward()?);
+        }
+        let y = self.result()?;
+        let mut outputs = vec![("y".to_owned(), y)];
+        if self.case.mode == Mode::Both {
+            let gradients = self.loss(&outputs[0].1)?.backward()?;
+            outputs.extend(self.gradients(&gradients)?);
+        }
+        Ok(outputs)
+    }
+
+    fn result(&self) -> Result<Tensor> {
+        self.library.call(&self.case, self.is_reference, &self.arguments)
+    }
+
+    /// A scalar whose gradient with respect to `y` is the case's `g`.
+    fn loss(&self, y: &Tensor) -> Result<Tensor> {
+        if self.case.op == Op::CrossEntropy {
+            return Ok(y.clone());
+        }
+        Ok(y.apply_op1(WithGradient(self.arguments.get("g")?.clone()))?)
+    }
+
+    fn gradients(&self, gradients: &GradStore) -> Result<Outputs> {
+        let gradient = |(name, var): &(String, Var)| match gradients.get(var) {
+            Some(gradient) => Ok((name.clone(), gradient.clone())),
+            None => Err(Error::Engine(format!("no gradient {name}"))),
+        };
+        self.tracked.iter().map(gradient).collect()
+    }
+}
+
+/// Ends a graph in a scalar and hands this gradient to what comes before, as `torch.autograd.grad(y, x, g)` does.
+/// (`(y·g).sum()` would have the same gradient and cost three passes over `y` that no engine else makes.)
+struct WithGradient(Tensor);
+
+impl CustomOp1 for WithGradient {
+    fn name(&self) -> &'static str {
+        "with_gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        storage: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::{BackendDevice, BackendStorage};
+        let shape = Shape::from(());
+        Ok((storage.device().zeros_impl(&shape, DType::F32)?, shape))
+    }
+
+    fn bwd(&self, y: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        debug_assert!(g.dtype() == DType::F32 && y.dims() == self.0.dims());
+        Ok(Some(self.0.clone()))
+    }
+}

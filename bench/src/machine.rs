@@ -1,0 +1,78 @@
+//! What the machine is, as found: nothing is changed.
+
+use std::collections::BTreeMap;
+use std::fs::read_to_string;
+use std::process::Command;
+
+use crate::case::DeviceName;
+
+/// Facts by name.
+pub type Facts = BTreeMap<String, String>;
+
+/// The facts of this machine.
+pub fn facts(device: DeviceName) -> Facts {
+    let mut facts = Facts::new();
+    let mut put = |name: &str, value: Option<String>| {
+        facts.insert(name.to_owned(), value.unwrap_or_else(|| "not told".to_owned()));
+    };
+    let info = read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |key: &str| {
+        let line = info.lines().find(|line| line.starts_with(key))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    put("system", Some(format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)));
+    put("kernel", trimmed("/proc/sys/kernel/osrelease"));
+    put(
+        "processor",
+        field("model name").map(|name| {
+            let id = [("family", "cpu family"), ("model", "model\t"), ("stepping", "stepping")];
+            let id = id.map(|(label, key)| format!("{label} {}", field(key).unwrap_or_default()));
+            format!("{name} ({})", id.join(", "))
+        }),
+    );
+    put("cores", std::thread::available_parallelism().ok().map(|n| n.to_string()));
+    let interesting =
+        ["avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16"];
+    put(
+        "vector units",
+        field("flags").or_else(|| field("Features")).map(|flags| {
+            let flags: Vec<_> = flags.split(' ').filter(|flag| interesting.contains(flag)).collect();
+            flags.join(" ")
+        }),
+    );
+    let frequency = "/sys/devices/system/cpu/cpu0/cpufreq/";
+    put("governor", trimmed(&format!("{frequency}scaling_governor")));
+    put("clock", field("cpu MHz").map(|mhz| format!("{mhz} MHz at the start")));
+    put("last cache", cache().map(|bytes| format!("{} MiB", bytes >> 20)));
+    put(
+        "memory",
+        read_to_string("/proc/meminfo")
+            .ok()
+            .and_then(|info| Some(info.lines().next()?.split_once(':')?.1.trim().to_owned())),
+    );
+    put("pages", trimmed("/sys/kernel/mm/transparent_hugepage/enabled"));
+    put("load at the start", trimmed("/proc/loadavg"));
+    if device == DeviceName::Cuda {
+        let query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit";
+        put("gpu", output("nvidia-smi", &[&format!("--query-gpu={query}"), "--format=csv,noheader"]));
+    }
+    facts
+}
+
+/// Bytes of the last cache of the first core.
+pub fn cache() -> Option<usize> {
+    let size = |index: usize| {
+        let text = trimmed(&format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size"))?;
+        Some(text.strip_suffix('K')?.parse::<usize>().ok()? << 10)
+    };
+    (0..5).filter_map(size).max()
+}
+
+fn trimmed(path: &str) -> Option<String> {
+    Some(read_to_string(path).ok()?.trim().to_owned())
+}
+
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

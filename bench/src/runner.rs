@@ -1,0 +1,286 @@
+//! Runs cases and engines interleaved: every round draws fresh inputs, and every engine has its turn in it.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::case::{Case, Chosen, DeviceName};
+use crate::judge::Physics;
+use crate::measure::{Measured, Plan, Round, measure};
+use crate::protocol::{Hello, Reply, Request, Times, Way};
+use crate::report::{CaseReport, Outcome};
+use crate::session::{Session, Start};
+use crate::{Error, Result, ops};
+
+/// An engine in one of its variants, with a process of its own.
+pub struct Contender {
+    pub variant: String,
+    /// How to start it again; `None` where it was not started by this program.
+    start: Option<Start>,
+    session: Option<Session>,
+    pub hello: Hello,
+}
+
+impl Contender {
+    /// Starts an engine's process for each of its variants.
+    pub fn start_all(start: &Start, device: DeviceName, threads: usize) -> Result<Vec<Self>> {
+        let mut first = Some(Session::start(start, device, threads)?);
+        let hello = first.as_ref().map(|session| session.hello.clone()).unwrap_or_default();
+        let contender = |variant: &String| {
+            let session = first.take().map_or_else(|| Session::start(start, device, threads), Ok)?;
+            Ok(Self {
+                variant: variant.clone(),
+                start: Some(start.clone()),
+                session: Some(session),
+                hello: hello.clone(),
+            })
+        };
+        hello.variants.iter().map(contender).collect()
+    }
+
+    /// An engine that already runs.
+    #[cfg(test)]
+    pub fn adopt(session: Session) -> Self {
+        let hello = session.hello.clone();
+        Self { variant: hello.variants[0].clone(), start: None, session: Some(session), hello }
+    }
+
+    /// `engine`, or `engine variant`.
+    pub fn label(&self) -> String {
+        if self.variant == self.hello.engine {
+            self.variant.clone()
+        } else {
+            format!("{} {}", self.hello.engine, self.variant)
+        }
+    }
+
+    /// The process, started again if it ended.
+    pub fn running(&mut self, device: DeviceName, threads: usize) -> Result<&mut Session> {
+        if let (None, Some(start)) = (&self.session, &self.start) {
+            self.session = Some(Session::start(start, device, threads)?);
+        }
+        self.session.as_mut().ok_or_else(|| Error::Engine("no process".to_owned()))
+    }
+}
+
+/// How cases are run.
+pub struct Settings<'a> {
+    pub device: DeviceName,
+    pub threads: usize,
+    pub physics: Physics,
+    /// Where inputs and outputs pass between the programs; a memory file system is best.
+    pub scratch: &'a Path,
+    /// Rounds at most, for a case.
+    pub rounds: usize,
+    /// A case's rounds end after this time, but not before there are three.
+    pub budget: Duration,
+    /// Whether a fused operation may run its reference.
+    pub allow_fallback: bool,
+    /// Whether compiling engines compile the cases that are worth it.
+    pub compile: bool,
+    pub seed: u64,
+}
+
+/// Microseconds that a sample takes at least, where a call is shorter; and that a timing takes about.
+const SAMPLE_US: f64 = 1_500.0;
+const TIMING_US: f64 = 45_000.0;
+const GPU_TIMING_US: f64 = 12_000.0;
+/// An engine whose call takes longer than this has its turn in two rounds only.
+const SLOW_US: f64 = 400_000.0;
+
+/// Runs every chosen case and calls `done` after each.
+pub fn run(
+    chosen: &[Chosen],
+    contenders: &mut [Contender],
+    settings: &Settings<'_>,
+    mut done: impl FnMut(&CaseReport),
+) -> Result<Vec<CaseReport>> {
+    let mut reports = Vec::new();
+    for (about, case) in chosen.iter().flat_map(|file| {
+        file.groups.iter().flat_map(|(about, cases)| cases.iter().map(move |case| (about, case)))
+    }) {
+        let start = Instant::now();
+        let mut report = one(about, case, contenders, settings)?;
+        report.seconds = start.elapsed().as_secs_f64();
+        done(&report);
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+/// A contender's plans for a case, one for each way.
+struct Entry<'a> {
+    contender: &'a mut Contender,
+    plans: Vec<Plan>,
+    is_slow: bool,
+    outcomes: Vec<Outcome>,
+}
+
+fn one(
+    about: &str,
+    case: &Case,
+    contenders: &mut [Contender],
+    settings: &Settings<'_>,
+) -> Result<CaseReport> {
+    let copies = copies(case, settings);
+    let ways: &[Way] = match settings.device {
+        DeviceName::Cpu => &[Way::Synced],
+        DeviceName::Cuda => &[Way::Synced, Way::Pipelined, Way::Graph],
+    };
+    let trial = Round::new(case, settings.seed, settings.scratch)?;
+    let mut entries = Vec::new();
+    for contender in contenders.iter_mut() {
+        if contender.variant == "compiled" && !(case.compiled && settings.compile) {
+            continue;
+        }
+        let mut entry = Entry { contender, plans: Vec::new(), is_slow: false, outcomes: Vec::new() };
+        if let Err(error) = entry.prepare(case, &trial, copies, ways, settings) {
+            entry.fail(&error);
+        }
+        entries.push(entry);
+    }
+    drop(trial);
+    let start = Instant::now();
+    for index in 0..settings.rounds {
+        if index >= 3 && start.elapsed() > settings.budget {
+            break;
+        }
+        let seed = settings.seed.wrapping_add(1 + index as u64);
+        let round = Round::new(case, seed, settings.scratch)?;
+        // Nobody always follows the same neighbour.
+        let count = entries.len();
+        for turn in 0..count {
+            let turn = if index % 2 == 0 { turn } else { count - 1 - turn };
+            let entry = &mut entries[(turn + index / 2) % count];
+            if !entry.plans.is_empty()
+                && (index < 2 || !entry.is_slow)
+                && let Err(error) = entry.turn(case, &round, copies, settings)
+            {
+                entry.fail(&error);
+            }
+        }
+    }
+    let outcomes = entries.into_iter().flat_map(|entry| entry.outcomes).collect();
+    Ok(CaseReport::new(case, about, outcomes, &settings.physics))
+}
+
+/// How many copies of the inputs a case goes round in.
+fn copies(case: &Case, settings: &Settings<'_>) -> usize {
+    let bytes = ops::as_f64(ops::input_bytes(case).max(1));
+    let wanted = (2.0 * settings.physics.cache_bytes / bytes).ceil().clamp(2.0, 64.0);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 2 and 64")]
+    if case.rotate { wanted as usize } else { 1 }
+}
+
+impl Entry<'_> {
+    /// Gets the engine ready and finds out how often each timing should call.
+    fn prepare(
+        &mut self,
+        case: &Case,
+        trial: &Round,
+        copies: usize,
+        ways: &[Way],
+        settings: &Settings<'_>,
+    ) -> Result<()> {
+        let label = self.contender.label();
+        let engine = self.contender.hello.engine.clone();
+        let variant = self.contender.variant.clone();
+        let session = self.contender.running(settings.device, settings.threads)?;
+        let request = Request::Prepare { case: *case, variant, eps: ops::EPS, scaling: ops::SCALING };
+        session.tell(&request)?;
+        session.tell(&Request::Inputs { path: trial.path.clone(), copies, warm: false })?;
+        let timing_us = if settings.device == DeviceName::Cpu { TIMING_US } else { GPU_TIMING_US };
+        let mut outcomes = Vec::new();
+        for &way in ways {
+            let mut outcome = Outcome::new(&engine, &label, way);
+            match plan(session, way, timing_us) {
+                Ok((plan, us)) => {
+                    // The first request for outputs may load what writes them.
+                    session.tell(&trial.request(case))?;
+                    self.is_slow |= us > SLOW_US;
+                    self.plans.push(plan);
+                }
+                Err(error) => outcome.unsupported = Some(error.to_string()),
+            }
+            outcomes.push(outcome);
+        }
+        self.outcomes = outcomes;
+        Ok(())
+    }
+
+    fn turn(&mut self, case: &Case, round: &Round, copies: usize, settings: &Settings<'_>) -> Result<()> {
+        let session = self.contender.running(settings.device, settings.threads)?;
+        session.tell(&Request::Inputs { path: round.path.clone(), copies, warm: !self.is_slow })?;
+        for plan in &self.plans {
+            // What was caught twice is not believed a third time.
+            let is_caught = |outcome: &Outcome| outcome.way == plan.way && outcome.problem.is_some();
+            if self.outcomes.iter().any(is_caught) {
+                continue;
+            }
+            let mut measured = measure(session, case, &settings.physics, round, *plan)?;
+            if let Some(outcome) = self.outcomes.iter_mut().find(|outcome| outcome.way == plan.way) {
+                check_path(&mut measured, settings.allow_fallback);
+                outcome.add(measured);
+            }
+        }
+        Ok(())
+    }
+
+    /// The engine cannot, or does not any more.
+    fn fail(&mut self, error: &Error) {
+        self.plans.clear();
+        if self.outcomes.is_empty() {
+            let mut outcome =
+                Outcome::new(&self.contender.hello.engine, &self.contender.label(), Way::Synced);
+            outcome.unsupported = Some(error.to_string());
+            self.outcomes.push(outcome);
+        } else {
+            for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.unsupported.is_none()) {
+                outcome.problem = Some(error.to_string());
+            }
+        }
+        if error.to_string().contains("ended") {
+            self.contender.session = None;
+        }
+    }
+}
+
+/// A case that was to run fused and did not is a problem, or at least a note.
+pub fn check_path(measured: &mut Measured, allow_fallback: bool) {
+    let Some(paths) = &measured.times.paths else { return };
+    if paths.fallback > 0 || paths.fused == 0 {
+        let what = format!("fell back ({})", paths.reasons.join("; "));
+        if allow_fallback {
+            measured.times.note = Some(what);
+        } else {
+            measured.problem.get_or_insert(what);
+        }
+    }
+}
+
+fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> {
+    let mut us = f64::INFINITY;
+    for calls in [1, 1, 16] {
+        if us.is_finite() && (us > SLOW_US || us > SAMPLE_US && calls > 1) {
+            break;
+        }
+        if way == Way::Graph {
+            session.tell(&Request::Ready { way, calls })?;
+        }
+        let (reply, _) = session.ask(&Request::Time { way, samples: 1, calls })?;
+        let Reply::Times(Times { samples_us, .. }) = reply else {
+            return Err(match reply {
+                Reply::Unsupported { reason } => Error::Engine(reason),
+                other => session.unexpected("times", &other),
+            });
+        };
+        us = us.min(samples_us.first().copied().unwrap_or(f64::INFINITY) / ops::as_f64(calls));
+    }
+    if !(us.is_finite() && us > 0.0) {
+        us = SAMPLE_US;
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+    let whole = |value: f64, low: f64, high: f64| value.clamp(low, high) as usize;
+    let calls = whole((SAMPLE_US / us).ceil(), 1.0, 1000.0);
+    let samples = whole(timing_us / (us * ops::as_f64(calls)), 1.0, 30.0);
+    Ok((Plan { way, samples, calls }, us))
+}

@@ -1,0 +1,110 @@
+//! The training steps that are measured end to end: named model shapes with random weights.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::case::{DeviceName, Dtype};
+
+/// A model shape and a batch.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Training {
+    pub name: String,
+    /// A `config.json` of transformers.
+    pub config: Value,
+    pub batch: usize,
+    pub tokens: usize,
+    pub dtype: Dtype,
+    pub rank: usize,
+    pub alpha: f64,
+    pub learning_rate: f64,
+    /// Fresh processes of every engine.
+    pub processes: usize,
+    /// Steps outside the clock.
+    pub warmup: usize,
+    /// Steps in it.
+    pub steps: usize,
+    /// After this many seconds no further step begins. A first step that takes longer is timed itself: what warms up is
+    /// little beside it.
+    pub limit_seconds: f64,
+}
+
+impl Training {
+    /// Its name in tables.
+    pub fn id(&self) -> String {
+        format!("{} {}x{} {}", self.name, self.batch, self.tokens, self.dtype.name())
+    }
+
+    /// Part of the small set.
+    pub fn is_small(&self) -> bool {
+        self.name == "tiny" && self.dtype == Dtype::F32
+    }
+
+    /// The size of the vocabulary.
+    pub fn vocabulary(&self) -> u64 {
+        self.config["vocab_size"].as_u64().unwrap_or(0)
+    }
+}
+
+/// The steps measured on a device.
+pub fn all(device: DeviceName) -> Vec<Training> {
+    let llama = |vocab: u32, hidden: u32, inner: u32, layers: u32, heads: u32, kv_heads: u32, tied: bool| {
+        json!({
+            "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": tied, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        })
+    };
+    let training = |name: &str, config: &Value, batch, tokens, dtype, rank: u32, (warmup, steps)| Training {
+        name: name.to_owned(),
+        config: config.clone(),
+        batch,
+        tokens,
+        dtype,
+        rank: rank as usize,
+        alpha: 2.0 * f64::from(rank),
+        learning_rate: 1e-3,
+        processes: if name == "tiny" { 2 } else { 1 },
+        warmup,
+        steps,
+        limit_seconds: 15.0,
+    };
+    match device {
+        DeviceName::Cpu => {
+            let mut qwen = llama(151_936, 896, 4864, 24, 14, 2, true);
+            qwen["model_type"] = json!("qwen2");
+            let shapes = [
+                ("tiny", llama(512, 256, 688, 6, 8, 4, false), 8, 128, (2, 10)),
+                ("135m", llama(49_152, 576, 1536, 30, 9, 3, true), 2, 256, (1, 3)),
+                ("0.5b", qwen, 1, 256, (1, 3)),
+            ];
+            let with = |dtype| {
+                move |(name, config, batch, tokens, steps): &(&str, Value, usize, usize, (usize, usize))| {
+                    training(name, config, *batch, *tokens, dtype, 8, *steps)
+                }
+            };
+            shapes
+                .iter()
+                .flat_map(|shape| [Dtype::F32, Dtype::Bf16].map(|dtype| with(dtype)(shape)))
+                .collect()
+        }
+        DeviceName::Cuda => {
+            let one = llama(128_256, 2048, 8192, 16, 32, 8, true);
+            let eight = llama(128_256, 4096, 14_336, 32, 32, 8, false);
+            vec![
+                training("1b", &one, 4, 2048, Dtype::Bf16, 16, (2, 5)),
+                training("8b", &eight, 2, 2048, Dtype::Bf16, 16, (2, 5)),
+            ]
+        }
+    }
+}
+
+impl Training {
+    /// Numbers in the frozen weights that every token is multiplied with, the output projection included.
+    pub fn projected(&self) -> f64 {
+        let size = |name: &str| self.config[name].as_f64().unwrap_or(0.0);
+        let (hidden, heads) = (size("hidden_size"), size("num_attention_heads"));
+        let kv = hidden * size("num_key_value_heads") / heads;
+        let layer = hidden * (2.0 * hidden + 2.0 * kv + 3.0 * size("intermediate_size"));
+        size("num_hidden_layers") * layer + hidden * size("vocab_size")
+    }
+}
