@@ -6,6 +6,7 @@
 
 pub(crate) mod cpu;
 pub(crate) mod gpu;
+pub(crate) mod products;
 #[cfg(test)]
 mod simulated;
 

@@ -60,10 +60,20 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Self { rows: 12, columns: 32, halves: true, tile: x86::avx512, pairs: None },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => {
-                Self { rows: 12, columns: 32, halves: true, tile: x86::avx512, pairs: Some(x86::avx512_pairs) }
-            }
-            _ => Self { rows: plain::ROWS, columns: plain::COLUMNS, halves: false, tile: plain::tile, pairs: None },
+            Isa::Avx512Bf16 => Self {
+                rows: 12,
+                columns: 32,
+                halves: true,
+                tile: x86::avx512,
+                pairs: Some(x86::avx512_pairs),
+            },
+            _ => Self {
+                rows: plain::ROWS,
+                columns: plain::COLUMNS,
+                halves: false,
+                tile: plain::tile,
+                pairs: None,
+            },
         }
     }
 }
@@ -92,7 +102,11 @@ mod plain {
 
     fn multiply_add(x: f32, y: f32, sum: f32) -> f32 {
         // Without the instruction it would be a call.
-        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) { x.mul_add(y, sum) } else { x * y + sum }
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            x.mul_add(y, sum)
+        } else {
+            x * y + sum
+        }
     }
 
     /// # Safety
@@ -282,7 +296,12 @@ mod x86 {
             let x = _mm512_set1_epi32(left(i));
             for (sum, column) in sums.iter_mut().zip(&columns) {
                 // SAFETY: bit patterns of one size.
-                let (x, column) = unsafe { (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(*column)) };
+                let (x, column) = unsafe {
+                    (
+                        std::mem::transmute::<__m512i, __m512bh>(x),
+                        std::mem::transmute::<__m512i, __m512bh>(*column),
+                    )
+                };
                 *sum = _mm512_dpbf16_ps(*sum, x, column);
             }
         }

@@ -1,7 +1,12 @@
 //! Matrices where they lie: a slice, an offset and two strides.
 
+use candle_core::{Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Elements that are worth waking another thread.
+const ELEMENTS: usize = 64 * 1024;
 
 /// The elements of a matrix and whatever lies between them.
 #[derive(Clone, Copy)]
@@ -58,13 +63,17 @@ impl<'a> Matrix<'a> {
         if rows == 0 || columns == 0 {
             return Some(matrix);
         }
-        let last = (rows - 1).checked_mul(row_stride)?.checked_add((columns - 1).checked_mul(column_stride)?)?;
+        let last =
+            (rows - 1).checked_mul(row_stride)?.checked_add((columns - 1).checked_mul(column_stride)?)?;
         (offset.checked_add(last)? < data.len()).then_some(matrix)
     }
 
-    /// Rows side by side in a slice, of which they are the first elements.
-    pub(crate) fn of(data: &'a [f32], rows: usize, columns: usize) -> Option<Self> {
-        Self::new(Data::F32(data), 0, [rows, columns], [columns, 1])
+    /// The matrix whose rows lie side by side at the beginning of a slice.
+    pub(crate) fn of_rows(data: &'a [f32], [rows, columns]: [usize; 2]) -> Result<Self> {
+        match Self::new(Data::F32(data), 0, [rows, columns], [columns, 1]) {
+            Some(matrix) => Ok(matrix),
+            None => bail!("a matrix of [{rows}, {columns}] has more than {} elements", data.len()),
+        }
     }
 
     /// Columns as rows.
@@ -86,9 +95,9 @@ impl<'a> Matrix<'a> {
     pub(crate) fn to_f32(self) -> Vec<f32> {
         let mut wide = vec![0.0; self.rows * self.columns];
         if self.columns > 0 {
-            for (i, to) in wide.chunks_exact_mut(self.columns).enumerate() {
-                self.widen_row(i, to);
-            }
+            let rows = wide.par_chunks_exact_mut(self.columns).enumerate();
+            let few = (ELEMENTS / self.columns).max(1);
+            rows.with_min_len(few).for_each(|(i, to)| self.widen_row(i, to));
         }
         wide
     }

@@ -112,11 +112,7 @@ impl Store for bf16 {
 }
 
 /// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
-pub(crate) fn sum_of_products<T: Store>(
-    [m, n]: [usize; 2],
-    start: Start,
-    products: &[Product],
-) -> Vec<T> {
+pub(crate) fn sum_of_products<T: Store>([m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
     sum_with(dispatch::isa(), [m, n], start, products)
 }
 
@@ -130,10 +126,10 @@ fn sum_with<T: Store>(isa: Isa, [m, n]: [usize; 2], start: Start, products: &[Pr
 
 /// `to += Σ left·right`, on the calling thread.
 pub(crate) fn add_products([m, n]: [usize; 2], products: &[Product], to: &mut [f32]) {
-    let wide: Vec<Option<Vec<f32>>> = products.iter().map(|product| widened(None, product)).collect();
-    let terms = terms(products, &wide);
+    let kernel = Kernel { pairs: None, ..Kernel::of(dispatch::isa()) };
+    let lefts = lefts(kernel, products);
+    let terms = terms(products, &lefts);
     assert!(to.len() >= m * n, "the result is too small");
-    let kernel = Kernel::of(dispatch::isa());
     let sum = Sum { isa: dispatch::isa(), kernel, n, start: Start::Matrix(&[]), terms: &terms };
     // SAFETY: the result is initialised, as large as is said, and nobody else's.
     unsafe { sum.block(0..m, 0..n, to.as_mut_ptr(), n, true, &mut Vec::new()) };
@@ -163,8 +159,8 @@ fn write<T: Store>(
         return write_few(isa, [m, n], start, products, to);
     }
     let kernel = Kernel::of(isa);
-    let wide: Vec<Option<Vec<f32>>> = products.iter().map(|product| widened(kernel.pairs, product)).collect();
-    let terms = terms(products, &wide);
+    let lefts = lefts(kernel, products);
+    let terms = terms(products, &lefts);
     let sum = Sum { isa, kernel, n, start, terms: &terms };
 
     let work = m * n * terms.iter().map(|term| term.left.columns).sum::<usize>();
@@ -256,14 +252,42 @@ fn tasks(
         .collect()
 }
 
-/// The left matrix in f32 where its kernel cannot read it as it is.
-fn widened(pairs: Option<kernel::PairTileFn>, product: &Product) -> Option<Vec<f32>> {
-    let left = product.left;
-    let readable = match left.data {
-        Data::F32(_) => left.row_stride == 1 || left.column_stride == 1,
-        _ => takes_pairs(pairs, product),
-    };
-    (!readable).then(|| left.to_f32())
+/// A left matrix for several products, widened once.
+pub(crate) struct Left<'a> {
+    stored: Matrix<'a>,
+    wide: Option<Vec<f32>>,
+}
+
+impl<'a> Left<'a> {
+    pub(crate) fn new(stored: Matrix<'a>) -> Self {
+        let readable =
+            matches!(stored.data, Data::F32(_)) && (stored.row_stride == 1 || stored.column_stride == 1);
+        Self { stored, wide: (!readable).then(|| along(stored).0.to_f32()) }
+    }
+
+    /// In f32.
+    pub(crate) fn wide(&self) -> Matrix<'_> {
+        let (stored, turned) = along(self.stored);
+        let wide =
+            self.wide.as_ref().and_then(|wide| Matrix::of_rows(wide, [stored.rows, stored.columns]).ok());
+        match wide {
+            Some(wide) if turned => wide.t(),
+            Some(wide) => wide,
+            None => self.stored,
+        }
+    }
+
+    /// As the product with this right matrix reads it best.
+    pub(crate) fn beside(&self, right: &Matrix) -> Matrix<'_> {
+        let stored = Product { left: self.stored, right: *right };
+        if takes_pairs(Kernel::of(dispatch::isa()).pairs, &stored) { self.stored } else { self.wide() }
+    }
+}
+
+/// The matrix, or its transpose where that lies in rows; whether it is that.
+fn along(matrix: Matrix) -> (Matrix, bool) {
+    let turned = matrix.row_stride == 1 && matrix.column_stride != 1;
+    (if turned { matrix.t() } else { matrix }, turned)
 }
 
 /// Whether a product is one of bf16 pairs.
@@ -273,16 +297,19 @@ fn takes_pairs(pairs: Option<kernel::PairTileFn>, Product { left, right }: &Prod
         && left.column_stride == 1
 }
 
-/// The products with their left matrices as the kernels read them.
-fn terms<'a>(products: &[Product<'a>], wide: &'a [Option<Vec<f32>>]) -> Vec<Product<'a>> {
-    let term = |(product, wide): (&Product<'a>, &'a Option<Vec<f32>>)| {
-        let left = wide
-            .as_deref()
-            .and_then(|wide| Matrix::of(wide, product.left.rows, product.left.columns))
-            .unwrap_or(product.left);
-        Product { left, right: product.right }
+/// The left matrices as the kernels read them, widened where they cannot.
+fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Option<Left<'a>>> {
+    let left = |product: &Product<'a>| (!takes_pairs(kernel.pairs, product)).then(|| Left::new(product.left));
+    products.iter().map(left).collect()
+}
+
+/// The products with these left matrices.
+fn terms<'a>(products: &[Product<'a>], lefts: &'a [Option<Left<'a>>]) -> Vec<Product<'a>> {
+    let term = |(product, left): (&Product<'a>, &'a Option<Left<'a>>)| Product {
+        left: left.as_ref().map_or(product.left, Left::wide),
+        right: product.right,
     };
-    products.iter().zip(wide).map(term).collect()
+    products.iter().zip(lefts).map(term).collect()
 }
 
 /// What all tasks of one sum share.
@@ -327,7 +354,9 @@ impl Sum<'_> {
         }
         for (i, sums) in scratch.sums.chunks_exact(width.max(1)).enumerate() {
             // SAFETY: a row of the block.
-            let to = unsafe { std::slice::from_raw_parts_mut(first.add(i * self.n).cast::<MaybeUninit<T>>(), width) };
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(first.add(i * self.n).cast::<MaybeUninit<T>>(), width)
+            };
             T::store(sums, to);
         }
     }
@@ -470,7 +499,9 @@ impl Sum<'_> {
         // steps' packed columns; the caller promises the rest.
         unsafe {
             match (piece.left.data, piece.pairs) {
-                (Data::F32(data), _) => (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out),
+                (Data::F32(data), _) => {
+                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out)
+                }
                 (Data::BF16(data), Some(pairs)) => {
                     pairs(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
                 }

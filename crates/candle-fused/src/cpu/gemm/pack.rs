@@ -160,13 +160,7 @@ unsafe fn turn_row(from: *const u8, steps: Range<usize>, width: usize, to: *mut 
 /// Each of the rows has as many words as there are steps, and `to` has room for them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn turn_avx2(
-    from: *const u8,
-    stride: usize,
-    [rows, steps]: [usize; 2],
-    width: usize,
-    to: *mut f32,
-) {
+unsafe fn turn_avx2(from: *const u8, stride: usize, [rows, steps]: [usize; 2], width: usize, to: *mut f32) {
     use std::arch::x86_64::*;
     let whole = steps - steps % 8;
     for j in (0..rows - rows % 8).step_by(8) {
