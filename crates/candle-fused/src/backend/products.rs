@@ -25,17 +25,20 @@ pub(crate) fn with_matrices<const N: usize, R>(
     }
 }
 
-fn matrix<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Matrix<'a>> {
-    let data = match storage {
-        CpuStorage::F32(data) => Data::F32(data),
-        CpuStorage::F16(data) => Data::F16(data),
-        CpuStorage::BF16(data) => Data::BF16(data),
+fn data(storage: &CpuStorage) -> Result<Data<'_>> {
+    match storage {
+        CpuStorage::F32(data) => Ok(Data::F32(data)),
+        CpuStorage::F16(data) => Ok(Data::F16(data)),
+        CpuStorage::BF16(data) => Ok(Data::BF16(data)),
         other => bail!("a matrix must be f32, f16 or bf16, got {}", other.dtype().as_str()),
-    };
+    }
+}
+
+fn matrix<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Matrix<'a>> {
     let (&[rows, columns], &[row_stride, column_stride]) = (layout.dims(), layout.stride()) else {
         bail!("a matrix must have 2 dimensions, got {:?}", layout.dims());
     };
-    match Matrix::new(data, layout.start_offset(), [rows, columns], [row_stride, column_stride]) {
+    match Matrix::new(data(storage)?, layout.start_offset(), [rows, columns], [row_stride, column_stride]) {
         Some(matrix) => Ok(matrix),
         None => bail!("a matrix of {:?} does not lie within its storage", layout.dims()),
     }
@@ -49,5 +52,49 @@ pub(crate) fn product(dtype: DType, dims: [usize; 2], start: Start, products: &[
         DType::F16 => Tensor::from_vec(sum_of_products::<f16>(dims, start, products), shape, &Device::Cpu),
         DType::BF16 => Tensor::from_vec(sum_of_products::<bf16>(dims, start, products), shape, &Device::Cpu),
         other => bail!("a product must be f32, f16 or bf16, got {}", other.as_str()),
+    }
+}
+
+/// A tensor `[b, t, h, d]` as one matrix `[t, d]` for each batch and head.
+#[derive(Clone)]
+pub(crate) struct Heads<'a> {
+    data: Data<'a>,
+    offset: usize,
+    dims: [usize; 4],
+    strides: [usize; 4],
+}
+
+impl<'a> Heads<'a> {
+    /// The matrix of a batch and a head.
+    pub(crate) fn at(&self, batch: usize, head: usize) -> Result<Matrix<'a>> {
+        let ([_, t, _, d], [to_batch, to_row, to_head, to_column]) = (self.dims, self.strides);
+        let offset = self.offset + batch * to_batch + head * to_head;
+        match Matrix::new(self.data, offset, [t, d], [to_row, to_column]) {
+            Some(matrix) => Ok(matrix),
+            None => bail!("a head of {:?} does not lie within its storage", self.dims),
+        }
+    }
+}
+
+/// Reads tensors `[b, t, h, d]` where they lie, whatever their strides.
+pub(crate) fn with_heads<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([Heads; N]) -> Result<R>,
+) -> Result<R> {
+    let guards = tensors.map(Tensor::storage_and_layout);
+    let mut heads = Vec::with_capacity(N);
+    for (storage, layout) in &guards {
+        let Storage::Cpu(storage) = &**storage else {
+            bail!("the tensors of one operation must be on one device");
+        };
+        let (&[a, b, c, d], &[e, f, g, h]) = (layout.dims(), layout.stride()) else {
+            bail!("heads must have 4 dimensions, got {:?}", layout.dims());
+        };
+        let (dims, strides) = ([a, b, c, d], [e, f, g, h]);
+        heads.push(Heads { data: data(storage)?, offset: layout.start_offset(), dims, strides });
+    }
+    match heads.try_into() {
+        Ok(heads) => f(heads),
+        Err(_) => bail!("expected {N} tensors"),
     }
 }

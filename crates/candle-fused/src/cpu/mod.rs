@@ -1,5 +1,6 @@
 //! The loops: one row of f32 at a time, written so that the compiler vectorises them.
 
+pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 mod dispatch;
 pub(crate) mod dropout;

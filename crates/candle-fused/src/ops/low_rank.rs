@@ -118,7 +118,7 @@ pub(super) fn check_adapter(
 }
 
 /// `x [..., d]` as the matrix `[n, d]` of its rows.
-fn rows(x: &Tensor) -> Result<Tensor> {
+pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
     let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
     x.reshape((n, d))
 }
@@ -210,10 +210,10 @@ impl Backward<1> for FrozenBackward {
 }
 
 /// `left·right + bias` of matrices.
-struct Base<'a> {
-    left: &'a Tensor,
-    right: &'a Tensor,
-    bias: Option<&'a Tensor>,
+pub(super) struct Base<'a> {
+    pub(super) left: &'a Tensor,
+    pub(super) right: &'a Tensor,
+    pub(super) bias: Option<&'a Tensor>,
 }
 
 impl Base<'_> {

@@ -87,6 +87,13 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// `count` rows from `first` on, or as many as there are.
+    pub(crate) fn some_rows(self, first: usize, count: usize) -> Self {
+        let first = first.min(self.rows);
+        let offset = if count == 0 { self.offset } else { self.offset + first * self.row_stride };
+        Self { offset, rows: count.min(self.rows - first), ..self }
+    }
+
     pub(super) fn index(&self, row: usize, column: usize) -> usize {
         self.offset + row * self.row_stride + column * self.column_stride
     }

@@ -25,6 +25,7 @@ mod tests;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -63,7 +64,7 @@ pub(crate) enum Start<'a> {
 }
 
 /// What a result is stored as.
-pub(crate) trait Store: Copy + Send + Sync {
+pub(crate) trait Store: WithDType {
     /// Rounds `from` into `to`, which is as long.
     fn store(from: &[f32], to: &mut [MaybeUninit<Self>]);
     /// The result's own memory as f32, if that is what it is.
@@ -111,6 +112,15 @@ impl Store for bf16 {
     }
 }
 
+/// Rounds `from` to the end of `to`.
+pub(crate) fn append<T: Store>(from: &[f32], to: &mut Vec<T>) {
+    let length = to.len();
+    to.reserve(from.len());
+    T::store(from, &mut to.spare_capacity_mut()[..from.len()]);
+    // SAFETY: within the capacity, and `store` has written all elements.
+    unsafe { to.set_len(length + from.len()) };
+}
+
 /// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
 pub(crate) fn sum_of_products<T: Store>([m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
     sum_with(dispatch::isa(), [m, n], start, products)
@@ -126,13 +136,34 @@ fn sum_with<T: Store>(isa: Isa, [m, n]: [usize; 2], start: Start, products: &[Pr
 
 /// `to += Σ left·right`, on the calling thread.
 pub(crate) fn add_products([m, n]: [usize; 2], products: &[Product], to: &mut [f32]) {
-    let kernel = Kernel { pairs: None, ..Kernel::of(dispatch::isa()) };
+    assert_shapes([m, n], products);
+    assert!(to.len() >= m * n, "the result is too small");
+    let isa = dispatch::isa();
+    if m <= dot::ROWS && products.iter().all(|product| dot::serves(&product.right)) {
+        let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
+        for j in 0..n {
+            let mut sums = [0f32; dot::ROWS];
+            for (product, left) in products.iter().zip(&left) {
+                dot::add(isa, left, m, &product.right, j, &mut sums);
+            }
+            for (i, sum) in sums.iter().enumerate().take(m) {
+                to[i * n + j] += sum;
+            }
+        }
+        return;
+    }
+    let kernel = Kernel { pairs: None, ..Kernel::of(isa) };
     let lefts = lefts(kernel, products);
     let terms = terms(products, &lefts);
-    assert!(to.len() >= m * n, "the result is too small");
-    let sum = Sum { isa: dispatch::isa(), kernel, n, start: Start::Matrix(&[]), terms: &terms };
+    let sum = Sum { isa, kernel, n, start: Start::Zero, terms: &terms };
     // SAFETY: the result is initialised, as large as is said, and nobody else's.
     unsafe { sum.block(0..m, 0..n, to.as_mut_ptr(), n, true, &mut Vec::new()) };
+}
+
+fn assert_shapes([m, n]: [usize; 2], products: &[Product]) {
+    for Product { left, right } in products {
+        assert!([left.rows, right.columns] == [m, n] && left.columns == right.rows, "a product's shape");
+    }
 }
 
 /// Writes all `m·n` elements of the result.
@@ -143,9 +174,7 @@ fn write<T: Store>(
     products: &[Product],
     to: &mut [MaybeUninit<T>],
 ) {
-    for Product { left, right } in products {
-        assert!([left.rows, right.columns] == [m, n] && left.columns == right.rows, "a product's shape");
-    }
+    assert_shapes([m, n], products);
     match start {
         Start::Row(row) => assert_eq!(row.len(), n, "the first row's length"),
         Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "the first matrix's size"),
