@@ -3,13 +3,17 @@
 //! A `CustomOp` of Candle computes one output from at most three inputs while it is recorded. Here the result is
 //! computed first, by whatever kernels it takes, and only then recorded: what the forward saves for the backward is a
 //! plain field of the [`Backward`] value, frozen inputs are fields too, and one piece of code serves every device.
+//!
+//! Each recorded tensor is also known by its id as long as it lives, for [`backward`](crate::backward()), which goes over
+//! the same graph without Candle's zeros and sums.
 
+use std::collections::HashMap;
 use std::mem;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage, Result,
-    Shape, Storage, Tensor, bail,
+    Shape, Storage, Tensor, TensorId, bail,
 };
 
 /// The gradient half of an operation with `N` differentiable arguments.
@@ -28,7 +32,8 @@ pub(crate) fn record1(x: &Tensor, output: Tensor, backward: impl Backward<1>) ->
     if !x.track_op() {
         return Ok(output);
     }
-    x.apply_op1(Recorded::new(&output, backward)?)
+    let recorded = Recorded::new([x], &output, backward)?;
+    recorded.registered(x.apply_op1(Handle(recorded.clone()))?)
 }
 
 /// As [`record1`], for two differentiable arguments.
@@ -36,7 +41,8 @@ pub(crate) fn record2(x: &Tensor, y: &Tensor, output: Tensor, backward: impl Bac
     if !(x.track_op() || y.track_op()) {
         return Ok(output);
     }
-    x.apply_op2(y, Recorded::new(&output, backward)?)
+    let recorded = Recorded::new([x, y], &output, backward)?;
+    recorded.registered(x.apply_op2(y, Handle(recorded.clone()))?)
 }
 
 /// As [`record1`], for three differentiable arguments.
@@ -50,7 +56,8 @@ pub(crate) fn record3(
     if !(x.track_op() || y.track_op() || z.track_op()) {
         return Ok(output);
     }
-    x.apply_op3(y, z, Recorded::new(&output, backward)?)
+    let recorded = Recorded::new([x, y, z], &output, backward)?;
+    recorded.registered(x.apply_op3(y, z, Handle(recorded.clone()))?)
 }
 
 /// A tracked argument's gradient; an untracked one's is not computed.
@@ -58,21 +65,122 @@ pub(crate) fn tracked(arg: &Tensor, gradient: impl FnOnce() -> Result<Tensor>) -
     if arg.track_op() { gradient().map(Some) } else { Ok(None) }
 }
 
-/// A custom operation whose forward hands out the result computed beforehand.
-struct Recorded<B> {
+/// A result computed beforehand, and how its gradient goes on to the arguments.
+struct Recorded<B, const N: usize> {
     output: Slot,
     shape: Shape,
     backward: B,
+    args: [Tensor; N],
+    /// What is registered and has to go with this.
+    ids: Mutex<Vec<TensorId>>,
 }
 
-impl<B> Recorded<B> {
-    fn new(output: &Tensor, backward: B) -> Result<Self> {
+impl<B: Backward<N>, const N: usize> Recorded<B, N> {
+    fn new(args: [&Tensor; N], output: &Tensor, backward: B) -> Result<Arc<Self>> {
         let slot = Slot::default();
         // As one dimension: Candle sees overlap in the strides of an empty matrix.
         output.flatten_all()?.inplace_op1(&slot)?;
-        Ok(Self { output: slot, shape: output.shape().clone(), backward })
+        Ok(Arc::new(Self {
+            output: slot,
+            shape: output.shape().clone(),
+            backward,
+            args: args.map(Tensor::clone),
+            ids: Mutex::default(),
+        }))
     }
 
+    /// Makes the recorded tensor known to [`node`].
+    fn registered(self: &Arc<Self>, tensor: Tensor) -> Result<Tensor> {
+        let node: Arc<dyn Node> = self.clone();
+        self.keep(tensor.id());
+        lock(&ENTRIES).insert(tensor.id(), Entry::Op(Arc::downgrade(&node)));
+        Ok(tensor)
+    }
+}
+
+impl<B, const N: usize> Drop for Recorded<B, N> {
+    fn drop(&mut self) {
+        let mut entries = lock(&ENTRIES);
+        for id in lock(&self.ids).drain(..) {
+            entries.remove(&id);
+        }
+    }
+}
+
+/// A recorded operation, whatever it is.
+pub(crate) trait Node: Send + Sync {
+    fn args(&self) -> &[Tensor];
+
+    /// Those of the arguments, from the result and its own.
+    fn gradients(&self, output: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>>;
+
+    /// Forgets this entry together with the operation.
+    fn keep(&self, id: TensorId);
+}
+
+impl<B: Backward<N>, const N: usize> Node for Recorded<B, N> {
+    fn args(&self) -> &[Tensor] {
+        &self.args
+    }
+
+    fn gradients(&self, output: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        Ok(self.backward.backward(self.args.each_ref(), output, grad)?.into())
+    }
+
+    fn keep(&self, id: TensorId) {
+        lock(&self.ids).push(id);
+    }
+}
+
+/// What is known of a tensor on the graph.
+#[derive(Clone)]
+pub(crate) enum Entry {
+    /// It is the result of an operation.
+    Op(Weak<dyn Node>),
+    /// It is a view of another tensor.
+    View(View, Weak<dyn Node>),
+}
+
+/// How a view's gradient becomes that of the tensor viewed.
+#[derive(Clone)]
+pub(crate) struct View {
+    pub(crate) of: TensorId,
+    pub(crate) undo: Undo,
+}
+
+/// The way back from a view.
+#[derive(Clone)]
+pub(crate) enum Undo {
+    Reshape(Shape),
+    Transpose(usize, usize),
+}
+
+/// The tensors of operations that are alive, and the views of these.
+static ENTRIES: LazyLock<Mutex<HashMap<TensorId, Entry>>> = LazyLock::new(Mutex::default);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is known of a tensor.
+pub(crate) fn entry(id: TensorId) -> Option<Entry> {
+    lock(&ENTRIES).get(&id).cloned()
+}
+
+/// Makes a view of `x` known, if `x` is.
+pub(crate) fn register_view(view: Tensor, x: &Tensor, undo: Undo) -> Tensor {
+    let Some(Entry::Op(root) | Entry::View(_, root)) = entry(x.id()) else { return view };
+    if let Some(node) = root.upgrade() {
+        node.keep(view.id());
+        lock(&ENTRIES).insert(view.id(), Entry::View(View { of: x.id(), undo }, root));
+    }
+    view
+}
+
+/// What Candle's graph holds of it.
+struct Handle<B, const N: usize>(Arc<Recorded<B, N>>);
+
+impl<B, const N: usize> Recorded<B, N> {
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
         match self.output.take() {
             Some(Storage::Cpu(storage)) => Ok((storage, self.shape.clone())),
@@ -97,28 +205,28 @@ impl<B> Recorded<B> {
 
 macro_rules! custom_op {
     ($trait:ident, $n:literal, [$($arg:ident),+], $gradients:ident => $out:ty, $pack:expr) => {
-        impl<B: Backward<$n>> $trait for Recorded<B> {
+        impl<B: Backward<$n>> $trait for Handle<B, $n> {
             fn name(&self) -> &'static str {
-                self.backward.op()
+                self.0.backward.op()
             }
 
             fn cpu_fwd(&self, $(_: &CpuStorage, $arg: &Layout),+) -> Result<(CpuStorage, Shape)> {
                 $(let _ = $arg;)+
-                self.cpu()
+                self.0.cpu()
             }
 
             fn cuda_fwd(&self, $(_: &CudaStorage, $arg: &Layout),+) -> Result<(CudaStorage, Shape)> {
                 $(let _ = $arg;)+
-                self.cuda()
+                self.0.cuda()
             }
 
             fn metal_fwd(&self, $(_: &MetalStorage, $arg: &Layout),+) -> Result<(MetalStorage, Shape)> {
                 $(let _ = $arg;)+
-                self.metal()
+                self.0.metal()
             }
 
             fn bwd(&self, $($arg: &Tensor,)+ output: &Tensor, grad: &Tensor) -> Result<$out> {
-                let $gradients = self.backward.backward([$($arg),+], output, grad)?;
+                let $gradients = self.0.backward.backward([$($arg),+], output, grad)?;
                 Ok($pack)
             }
         }
@@ -135,11 +243,11 @@ struct Slot(Mutex<Option<Storage>>);
 
 impl Slot {
     fn put(&self, storage: Storage) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(storage);
+        *lock(&self.0) = Some(storage);
     }
 
     fn take(&self) -> Option<Storage> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.0).take()
     }
 }
 

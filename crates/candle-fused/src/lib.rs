@@ -5,11 +5,14 @@
 //!
 //! | operation | computes |
 //! |---|---|
+//! | [`attention`] | softmax attention of grouped heads, without the score matrix on the CPU |
 //! | [`softmax`] | softmax of the last dimension, with a scale and a causal mask |
 //! | [`rms_norm`], [`layer_norm`] | normalisation of the last dimension |
 //! | [`rope`] | rotary position embedding, both layouts, any rotary fraction |
 //! | [`silu_mul`], [`gelu_mul`] | SwiGLU's `silu(gate) * up`, `GeGLU`'s `gelu(gate) * up` |
 //! | [`cross_entropy`] | mean negative log-likelihood with an ignored index |
+//! | [`linear_cross_entropy`] | the same of a frozen layer's logits, which are never held all at once |
+//! | [`add`] | the sum of two tensors |
 //! | [`frozen_linear`] | a linear layer whose weight never gets a gradient |
 //! | [`lora_delta`], [`lora_linear`] | LoRA's low-rank product, alone or with its frozen base |
 //!
@@ -35,6 +38,7 @@ extern crate self as candle_fused;
 mod shared_tests;
 
 mod backend;
+mod backward;
 mod check;
 mod cpu;
 mod error;
@@ -43,13 +47,18 @@ pub mod ops;
 mod philox;
 pub mod telemetry;
 mod tensor_ops;
+pub mod view;
 
 pub use backend::{DeviceKind, fused_ops};
+pub use backward::{Gradients, backward};
 pub use error::{DeviceError, TrainingError};
+pub use ops::add::add;
+pub use ops::attention::attention;
 pub use ops::cross_entropy::cross_entropy;
 pub use ops::frozen_linear::frozen_linear;
 pub use ops::gelu_mul::gelu_mul;
 pub use ops::layer_norm::layer_norm;
+pub use ops::linear_cross_entropy::linear_cross_entropy;
 pub use ops::lora_delta::{LoraLayout, lora_delta};
 pub use ops::lora_linear::{Dropout, LoraLinearOptions, lora_linear};
 pub use ops::rms_norm::rms_norm;

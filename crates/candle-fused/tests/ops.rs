@@ -59,6 +59,9 @@ op_tests! {
     silu_mul_tests: silu_mul_cases;
     gelu_mul_tests: gelu_mul_cases;
     cross_entropy_tests: cross_entropy_cases;
+    linear_cross_entropy_tests: linear_cross_entropy_cases;
+    attention_tests: attention_cases;
+    add_tests: add_cases;
     lora_delta_tests: lora_delta_cases;
     lora_linear_tests: lora_linear_cases;
     frozen_linear_tests: frozen_linear_cases;
@@ -98,6 +101,28 @@ fn same_inputs_same_bits() {
             let two = on(2);
             assert!(two == on(2), "{}: two runs differ", case.what);
             assert!(two == on(1), "{}: one thread and two differ", case.what);
+        }
+    }
+}
+
+#[test]
+fn attention_over_many_blocks() {
+    for device in devices() {
+        for dtype in DTYPES {
+            let (q, kv) = (arg(&[1, 150, 4, 16]), [arg(&[1, 300, 2, 16]), arg(&[1, 300, 2, 16])]);
+            attention(q.clone(), kv.clone(), 0.25, Mask::Causal).error_rule(dtype, &device);
+            attention(q, kv, 0.25, Mask::None).error_rule(dtype, &device);
+        }
+    }
+}
+
+/// With this vocabulary a block has 128 rows.
+#[test]
+fn linear_cross_entropy_over_many_blocks() {
+    for device in devices() {
+        for all in [false, true] {
+            let args = vec![arg(&[300, 2]), arg(&[140_000, 2]).frozen()];
+            linear_cross_entropy(args, all).error_rule(DType::F32, &device);
         }
     }
 }

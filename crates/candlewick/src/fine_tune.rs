@@ -2,9 +2,9 @@
 
 use candle_core::Tensor;
 
+use crate::Result;
 use crate::model::Decoder;
 use crate::train::{Batch, Parameter, Pass, Trainable};
-use crate::{Error, Result};
 
 /// A decoder with what is trained of it: an adapter's tensors, or all parameters.
 pub struct FineTune {
@@ -37,13 +37,6 @@ impl Trainable for FineTune {
             Pass::Train { seed } => Some(seed),
             Pass::Evaluate => None,
         };
-        let logits = self.decoder.forward(&batch.input_ids, None, dropout_seed)?;
-        let (rows, tokens, vocab) = logits.dims3()?;
-        candle_fused::cross_entropy(
-            &logits.reshape((rows * tokens, vocab))?,
-            &batch.targets.flatten_all()?,
-            Some(crate::data::IGNORED),
-        )
-        .map_err(Error::from)
+        self.decoder.loss(&batch.input_ids, &batch.targets, crate::data::IGNORED, dropout_seed)
     }
 }

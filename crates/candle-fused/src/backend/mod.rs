@@ -12,6 +12,7 @@ mod disk_cache;
 pub(crate) mod gpu;
 #[cfg(feature = "cuda")]
 mod nvrtc;
+pub(crate) mod products;
 #[cfg(test)]
 mod simulated;
 
@@ -59,18 +60,32 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
-/// Every operation, and whether it needs kernels of its own: the other is a matrix product with a backward of ours.
-const OPS: [(&str, bool); 10] = [
-    ("softmax", true),
-    ("rms_norm", true),
-    ("layer_norm", true),
-    ("rope", true),
-    ("silu_mul", true),
-    ("gelu_mul", true),
-    ("cross_entropy", true),
-    ("lora_delta", true),
-    ("lora_linear", true),
-    ("frozen_linear", false),
+/// What an operation needs to run fused.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    /// Nothing but Candle's products and sums, with a backward of ours.
+    Candle,
+    /// Kernels of its own.
+    Kernels,
+    /// The processor: on a GPU it is composed of other operations.
+    Processor,
+}
+
+/// Every operation.
+const OPS: [(&str, Needs); 13] = [
+    ("softmax", Needs::Kernels),
+    ("rms_norm", Needs::Kernels),
+    ("layer_norm", Needs::Kernels),
+    ("rope", Needs::Kernels),
+    ("silu_mul", Needs::Kernels),
+    ("gelu_mul", Needs::Kernels),
+    ("cross_entropy", Needs::Kernels),
+    ("linear_cross_entropy", Needs::Kernels),
+    ("attention", Needs::Processor),
+    ("lora_delta", Needs::Kernels),
+    ("lora_linear", Needs::Kernels),
+    ("frozen_linear", Needs::Candle),
+    ("add", Needs::Candle),
 ];
 
 /// Whether this build has kernels for a kind of device.
@@ -84,7 +99,12 @@ const fn has_kernels(kind: DeviceKind) -> bool {
 
 /// The operations that run fused on this kind of device; the others run their reference there.
 pub fn fused_ops(kind: DeviceKind) -> impl Iterator<Item = &'static str> {
-    OPS.iter().filter(move |(_, kernels)| !kernels || has_kernels(kind)).map(|&(op, _)| op)
+    let runs = move |needs| match needs {
+        Needs::Candle => true,
+        Needs::Kernels => has_kernels(kind),
+        Needs::Processor => kind == DeviceKind::Cpu,
+    };
+    OPS.iter().filter(move |&&(_, needs)| runs(needs)).map(|&(op, _)| op)
 }
 
 /// Why a fused operation did not run.

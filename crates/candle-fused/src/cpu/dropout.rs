@@ -1,4 +1,4 @@
-//! Dropout of a row, and the sum of two.
+//! Dropout of a row.
 
 use crate::ops::lora_linear::Dropout;
 
@@ -14,12 +14,5 @@ pub(crate) fn drop(dropout: Dropout, first: usize, row: &mut [f32]) {
         for (x, factor) in here.iter_mut().zip(&factors[lane..]) {
             *x *= factor;
         }
-    }
-}
-
-/// `sum += row`.
-pub(crate) fn add(row: &[f32], sum: &mut [f32]) {
-    for (sum, x) in sum.iter_mut().zip(row) {
-        *sum += x;
     }
 }

@@ -35,18 +35,28 @@ fn check(logits: &Tensor, targets: &Tensor) -> Result<()> {
     check::rank(OP, "logits", logits, 2)?;
     check::shape(OP, "targets", targets, &[logits.dim(0)?])?;
     check::device(OP, "targets", targets, logits.device())?;
+    check_targets(OP, targets)
+}
+
+/// Targets are of a dtype that is understood.
+pub(super) fn check_targets(op: &str, targets: &Tensor) -> Result<()> {
     if !matches!(targets.dtype(), DType::I64 | DType::U32) {
-        bail!("{OP}: targets must be i64 or u32, got {}", targets.dtype().as_str());
+        bail!("{op}: targets must be i64 or u32, got {}", targets.dtype().as_str());
     }
     Ok(())
 }
 
 /// The column each row is to predict among `v`, `None` where the row does not count.
-fn columns(targets: &Tensor, v: usize, ignore_index: Option<i64>) -> Result<Vec<Option<usize>>> {
+pub(super) fn columns(
+    op: &str,
+    targets: &Tensor,
+    v: usize,
+    ignore_index: Option<i64>,
+) -> Result<Vec<Option<usize>>> {
     let column = |(row, target): (usize, i64)| match usize::try_from(target) {
         _ if Some(target) == ignore_index => Ok(None),
         Ok(column) if column < v => Ok(Some(column)),
-        _ => bail!("{OP}: the target of row {row} must be in 0..{v}, got {target}"),
+        _ => bail!("{op}: the target of row {row} must be in 0..{v}, got {target}"),
     };
     targets.to_dtype(DType::I64)?.to_vec1::<i64>()?.into_iter().enumerate().map(column).collect()
 }
@@ -54,7 +64,7 @@ fn columns(targets: &Tensor, v: usize, ignore_index: Option<i64>) -> Result<Vec<
 /// [`cross_entropy`] in plain Candle operations.
 pub fn reference(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result<Tensor> {
     check(logits, targets)?;
-    let columns = columns(targets, logits.dim(1)?, ignore_index)?;
+    let columns = columns(OP, targets, logits.dim(1)?, ignore_index)?;
     let counted: Vec<(usize, usize)> =
         columns.into_iter().enumerate().filter_map(|(row, column)| Some((row, column?))).collect();
     if counted.is_empty() {
@@ -80,13 +90,13 @@ fn fused(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Attemp
     Ok(graph::record1(logits, loss, CrossEntropy { targets: targets.clone(), ignore_index, lse, counted })?)
 }
 
-struct CrossEntropy {
-    targets: Tensor,
-    ignore_index: Option<i64>,
+pub(super) struct CrossEntropy {
+    pub(super) targets: Tensor,
+    pub(super) ignore_index: Option<i64>,
     /// `[n, 2]` in f32.
-    lse: Tensor,
+    pub(super) lse: Tensor,
     /// How many rows count, `[1]` in f32.
-    counted: Tensor,
+    pub(super) counted: Tensor,
 }
 
 impl Backward<1> for CrossEntropy {
@@ -106,10 +116,10 @@ fn plans(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Result
     Ok(Plans { rows, columns, storage: gpu::storage(logits)?, targets: element, ignore_index })
 }
 
-struct Forward<'a> {
-    logits: &'a Tensor,
-    targets: &'a Tensor,
-    ignore_index: Option<i64>,
+pub(super) struct Forward<'a> {
+    pub(super) logits: &'a Tensor,
+    pub(super) targets: &'a Tensor,
+    pub(super) ignore_index: Option<i64>,
 }
 
 impl Kernel for Forward<'_> {
@@ -119,7 +129,7 @@ impl Kernel for Forward<'_> {
     #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
     #[expect(clippy::cast_precision_loss, reason = "a number of rows, to f32's precision")]
     fn cpu(&self) -> Result<[Tensor; 3]> {
-        let columns = columns(self.targets, self.logits.dim(1)?, self.ignore_index)?;
+        let columns = columns(OP, self.targets, self.logits.dim(1)?, self.ignore_index)?;
         let rows = each_row([self.logits], |i, [x]| match columns[i] {
             Some(column) => {
                 let lse = row::log_sum_exp(x);
@@ -147,10 +157,10 @@ impl Kernel for Forward<'_> {
     }
 }
 
-struct Gradient<'a> {
-    logits: &'a Tensor,
-    saved: &'a CrossEntropy,
-    g: &'a Tensor,
+pub(super) struct Gradient<'a> {
+    pub(super) logits: &'a Tensor,
+    pub(super) saved: &'a CrossEntropy,
+    pub(super) g: &'a Tensor,
 }
 
 impl Kernel for Gradient<'_> {
@@ -158,7 +168,7 @@ impl Kernel for Gradient<'_> {
 
     fn cpu(&self) -> Result<Tensor> {
         let CrossEntropy { targets, ignore_index, lse, counted } = self.saved;
-        let columns = columns(targets, self.logits.dim(1)?, *ignore_index)?;
+        let columns = columns(OP, targets, self.logits.dim(1)?, *ignore_index)?;
         let (lse, counted) = (to_vec(lse)?, counted.flatten_all()?.get(0)?.to_scalar::<f32>()?);
         let (lse, _) = lse.as_chunks::<2>();
         let g = self.g.to_scalar::<f32>()? / counted.max(1.0);

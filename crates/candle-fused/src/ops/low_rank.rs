@@ -10,10 +10,12 @@ use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
 use crate::backend::cpu::{map_rows, to_vec};
+use crate::backend::products::{product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::dropout as row;
-use crate::graph::{self, Backward};
+use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
+use crate::graph::{self, Backward, tracked};
 use crate::philox::{halves, philox4x32};
 
 /// How A and B lie.
@@ -116,7 +118,7 @@ pub(super) fn check_adapter(
 }
 
 /// `x [..., d]` as the matrix `[n, d]` of its rows.
-fn rows(x: &Tensor) -> Result<Tensor> {
+pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
     let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
     x.reshape((n, d))
 }
@@ -148,45 +150,11 @@ struct Sum<'a> {
 }
 
 impl Sum<'_> {
-    fn compute(&self) -> Result<Tensor> {
+    /// In plain Candle operations, on the graph where the terms are.
+    fn composed(&self) -> Result<Tensor> {
         if self.dropout.is_none() && self.base.is_none() && self.bias.is_none() {
             return self.term.to_dtype(self.dtype);
         }
-        Ok(backend::run(self.term.device(), self)?)
-    }
-}
-
-impl Kernel for Sum<'_> {
-    type Output = Tensor;
-
-    fn cpu(&self) -> Result<Tensor> {
-        let bias = self.bias.map(to_vec).transpose()?;
-        let add = |i: usize, term: &[f32], base: Option<&[f32]>, sum: &mut [f32]| {
-            sum.copy_from_slice(term);
-            if let Some(dropout) = self.dropout {
-                row::drop(dropout, i * term.len(), sum);
-            }
-            for addend in [base, bias.as_deref()].into_iter().flatten() {
-                row::add(addend, sum);
-            }
-        };
-        let ([sum], _) = match self.base {
-            Some(base) => map_rows([self.term, base], self.dtype, |i, [term, base], [sum]| {
-                add(i, term, Some(base), sum);
-            }),
-            None => map_rows([self.term], self.dtype, |i, [term], [sum]| add(i, term, None, sum)),
-        }?;
-        Ok(sum)
-    }
-
-    fn gpu(&self) -> Attempt<Tensor> {
-        Ok(self.composed()?)
-    }
-}
-
-impl Sum<'_> {
-    /// In plain Candle operations, on the graph where the terms are.
-    fn composed(&self) -> Result<Tensor> {
         let mut sum = self.term.to_dtype(DType::F32)?;
         if let Some(dropout) = self.dropout {
             sum = (sum * dropout.mask(self.term.dims2()?, self.term.device())?)?;
@@ -201,6 +169,15 @@ impl Sum<'_> {
     }
 }
 
+/// `D(x)` in f32, on the processor.
+fn dropped(dropout: Dropout, x: &Tensor) -> Result<Tensor> {
+    let ([y], _) = map_rows([x], DType::F32, |i, [x], [y]| {
+        y.copy_from_slice(x);
+        row::drop(dropout, i * x.len(), y);
+    })?;
+    Ok(y)
+}
+
 /// `x·Wᵀ + bias`, recorded.
 pub(super) fn frozen(
     op: &'static str,
@@ -208,8 +185,8 @@ pub(super) fn frozen(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Attempt<Tensor> {
-    let weight = operand(weight)?;
-    let y = frozen_product(&rows(&x.detach())?, &weight, bias)?;
+    let weight = weight.detach();
+    let y = backend::run(x.device(), &Base { left: &rows(&x.detach())?, right: &weight.t()?, bias })?;
     Ok(graph::record1(x, like_rows(&y, x)?, FrozenBackward { op, weight })?)
 }
 
@@ -224,10 +201,42 @@ impl Backward<1> for FrozenBackward {
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        if !x.track_op() {
-            return Ok([None]);
-        }
-        Ok([Some(rows(grad)?.matmul(&self.weight)?.reshape(x.shape())?)])
+        let gradient = || {
+            let base = Base { left: &rows(grad)?, right: &self.weight, bias: None };
+            backend::run(x.device(), &base)?.reshape(x.shape())
+        };
+        Ok([tracked(x, gradient)?])
+    }
+}
+
+/// `left·right + bias` of matrices.
+pub(super) struct Base<'a> {
+    pub(super) left: &'a Tensor,
+    pub(super) right: &'a Tensor,
+    pub(super) bias: Option<&'a Tensor>,
+}
+
+impl Base<'_> {
+    fn composed(&self) -> Result<Tensor> {
+        let term = &self.left.matmul(&operand(self.right)?)?;
+        Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
+    }
+}
+
+impl Kernel for Base<'_> {
+    type Output = Tensor;
+
+    fn cpu(&self) -> Result<Tensor> {
+        let bias = self.bias.map(to_vec).transpose()?;
+        let start = bias.as_deref().map_or(Start::Zero, Start::Row);
+        with_matrices([self.left, self.right], |[left, right]| {
+            product(self.left.dtype(), [left.rows, right.columns], start, &[Product { left, right }])
+        })
+    }
+
+    /// Candle's own product is the kernel.
+    fn gpu(&self) -> Attempt<Tensor> {
+        Ok(self.composed()?)
     }
 }
 
@@ -250,7 +259,7 @@ impl LowRank {
         b: &Tensor,
         bias: Option<&Tensor>,
     ) -> Attempt<Tensor> {
-        self.weight = self.weight.as_ref().map(operand).transpose()?;
+        self.weight = self.weight.map(|weight| weight.detach());
         let (y, h) = {
             let (x, a, b) = (&rows(&x.detach())?, &self.a_matrix(a)?, &self.b_matrix(b)?);
             backend::run(x.device(), &Forward { call: &self, x, a, b, bias })?
@@ -258,9 +267,9 @@ impl LowRank {
         Ok(graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })?)
     }
 
-    /// `D(x)` in the dtype of the low-rank products.
-    fn input(&self, x_rows: &Tensor, dtype: DType) -> Result<Tensor> {
-        Sum { term: x_rows, dropout: self.dropout, base: None, bias: None, dtype }.compute()
+    /// `D(x)` in f32, where there is a dropout, on the processor.
+    fn dropped(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.dropout.map(|dropout| dropped(dropout, x)).transpose()
     }
 
     /// A as `[r, in]`, ready for products.
@@ -310,11 +319,23 @@ impl Kernel for Forward<'_> {
 
     fn cpu(&self) -> Result<Self::Output> {
         let Self { call, x, a, b, bias } = *self;
-        let h = (call.input(x, a.dtype())?.matmul(&a.t()?)? * f64::from(call.scaling))?;
-        let low = h.matmul(&b.t()?)?;
-        let base = call.weight.as_ref().map(|weight| x.matmul(&weight.t()?)).transpose()?;
-        let sum = Sum { term: &low, dropout: None, base: base.as_ref(), bias, dtype: x.dtype() };
-        Ok((sum.compute()?, Some(h)))
+        let bias = bias.map(to_vec).transpose()?;
+        let start = bias.as_deref().map_or(Start::Zero, Start::Row);
+        let (input, weight, dtype) = (call.dropped(x)?, call.weight.as_ref(), x.dtype());
+        let matrices = [x, input.as_ref().unwrap_or(x), a, b, weight.unwrap_or(b)];
+        with_matrices(matrices, |[x, dropped, a, b, weight_matrix]| {
+            let x = Left::new(x);
+            let left = if input.is_some() { dropped } else { x.wide() };
+            let dims = [left.rows, a.rows];
+            let mut h = sum_of_products::<f32>(dims, Start::Zero, &[Product { left, right: a.t() }]);
+            h.iter_mut().for_each(|h| *h *= call.scaling);
+            let right = weight_matrix.t();
+            let base = weight.map(|_| Product { left: x.beside(&right), right });
+            let low = Product { left: Matrix::of_rows(&h, dims)?, right: b.t() };
+            let products: Vec<_> = base.into_iter().chain([low]).collect();
+            let y = product(dtype, [dims[0], b.rows], start, &products)?;
+            Ok((y, Some(Tensor::from_vec(h, (dims[0], dims[1]), &Device::Cpu)?)))
+        })
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
@@ -324,19 +345,13 @@ impl Kernel for Forward<'_> {
         let shape = Shape::from((plans.rows, plans.outputs));
         let mut outputs = match &call.weight {
             Some(weight) => {
-                let base = frozen_product(x, weight, self.bias)?;
+                let base = Base { left: x, right: &weight.t()?, bias: self.bias }.composed()?;
                 gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
             }
             None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
         };
         Ok((outputs.take()?, None))
     }
-}
-
-/// `x·Wᵀ + bias` for matrices, fresh and contiguous.
-fn frozen_product(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let product = x.matmul(&weight.t()?)?;
-    Sum { term: &product, dropout: None, base: None, bias, dtype: x.dtype() }.compute()
 }
 
 struct LowRankBackward {
@@ -385,24 +400,49 @@ impl Kernel for Gradients<'_> {
 
     fn cpu(&self) -> Result<Self::Output> {
         let Self { saved: LowRankBackward { call, h }, x, a, b, grad, wanted } = *self;
-        let low_grad = grad.to_dtype(a.dtype())?;
         let mut gradients = [None, None, None];
-        if let (true, Some(h)) = (wanted.b, h) {
-            gradients[2] = Some(low_grad.t()?.matmul(h)?);
-        }
-        if !(wanted.x || wanted.a) {
-            return Ok(gradients);
-        }
-        let e = (low_grad.matmul(b)? * f64::from(call.scaling))?;
-        if wanted.a {
-            gradients[1] = Some(e.t()?.matmul(&call.input(x, a.dtype())?)?);
-        }
-        if wanted.x {
-            let base = call.weight.as_ref().map(|weight| grad.matmul(weight)).transpose()?;
-            let (term, dropout, base) = (&e.matmul(a)?, call.dropout, base.as_ref());
-            gradients[0] = Some(Sum { term, dropout, base, bias: None, dtype: x.dtype() }.compute()?);
-        }
-        Ok(gradients)
+        let Some(h) = h else { return Ok(gradients) };
+        let (weight, dtypes) = (call.weight.as_ref(), [x.dtype(), a.dtype(), b.dtype()]);
+        let input = if wanted.a { call.dropped(x)? } else { None };
+        let matrices = [input.as_ref().unwrap_or(x), a, b, h, grad, weight.unwrap_or(a)];
+        with_matrices(matrices, |[input, a, b, h, grad, weight_matrix]| {
+            let grad = Left::new(grad);
+            let dims @ [n, r] = [h.rows, h.columns];
+            if wanted.b {
+                let db = Product { left: grad.wide().t(), right: h };
+                gradients[2] = Some(product(dtypes[2], [b.rows, r], Start::Zero, &[db])?);
+            }
+            if !(wanted.x || wanted.a) {
+                return Ok(gradients);
+            }
+            let mut e = sum_of_products::<f32>(dims, Start::Zero, &[Product { left: grad.wide(), right: b }]);
+            e.iter_mut().for_each(|e| *e *= call.scaling);
+            let e = Matrix::of_rows(&e, dims)?;
+            if wanted.a {
+                // The few columns of e are the packed side; what they give is turned.
+                let da = Product { left: input.t(), right: e };
+                gradients[1] =
+                    Some(product(dtypes[1], [a.columns, r], Start::Zero, &[da])?.t()?.contiguous()?);
+            }
+            if wanted.x {
+                let base =
+                    weight.map(|_| Product { left: grad.beside(&weight_matrix), right: weight_matrix });
+                let low = Product { left: e, right: a };
+                let dims = [n, a.columns];
+                gradients[0] = Some(match call.dropout {
+                    None => {
+                        let products: Vec<_> = base.into_iter().chain([low]).collect();
+                        product(dtypes[0], dims, Start::Zero, &products)?
+                    }
+                    Some(dropout) => {
+                        let low = dropped(dropout, &product(DType::F32, dims, Start::Zero, &[low])?)?;
+                        let products: Vec<_> = base.into_iter().collect();
+                        product(dtypes[0], dims, Start::Matrix(&to_vec(&low)?), &products)?
+                    }
+                });
+            }
+            Ok(gradients)
+        })
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
@@ -425,7 +465,7 @@ impl Kernel for Gradients<'_> {
         let plan = |tuning| plans.backward(wanted, tuning);
         let mut outputs = match call.weight.as_ref().filter(|_| wanted.x) {
             Some(weight) => {
-                let base = grad.matmul(weight)?;
+                let base = grad.matmul(&operand(weight)?)?;
                 gpu::run_in_place(&[x, a, b, grad, &base], &shapes, plan)?
             }
             None => gpu::run(&[x, a, b, grad], &shapes, plan)?,

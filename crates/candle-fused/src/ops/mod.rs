@@ -3,11 +3,14 @@
 //! A module reads from top to bottom: the mathematics and what the backward saves or recomputes; the public function
 //! with its checks; `reference`, the same in plain differentiable Candle operations; the private kernels and backward.
 
+pub mod add;
+pub mod attention;
 pub mod cross_entropy;
 pub mod frozen_linear;
 mod gated;
 pub mod gelu_mul;
 pub mod layer_norm;
+pub mod linear_cross_entropy;
 pub mod lora_delta;
 pub mod lora_linear;
 mod low_rank;

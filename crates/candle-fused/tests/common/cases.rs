@@ -126,6 +126,58 @@ pub fn cross_entropy(logits: Arg) -> Case {
     }
 }
 
+/// Two query heads to each head of keys and values; weights of unequal size.
+pub fn attention(q: Arg, kv: [Arg; 2], scale: f32, mask: Mask) -> Case {
+    let options = SoftmaxOptions { scale, mask };
+    let [k, v] = kv;
+    Case {
+        what: format!("attention {options:?}"),
+        // Scores and weights go through products that differ in the order of their factors.
+        slack: 4.0,
+        args: vec![q, k, v],
+        fused: Box::new(move |a| candle_fused::attention(&a[0], &a[1], &a[2], options)),
+        reference: Box::new(move |a| ops::attention::reference(&a[0], &a[1], &a[2], options)),
+        oracle: Box::new(move |a| {
+            oracle::attention([&a[0], &a[1], &a[2]], scale.into(), mask == Mask::Causal)
+        }),
+    }
+}
+
+pub fn add(x: Arg, y: Arg) -> Case {
+    Case {
+        what: "add".into(),
+        slack: 1.0,
+        args: vec![x, y],
+        fused: Box::new(|a| candle_fused::add(&a[0], &a[1])),
+        reference: Box::new(|a| ops::add::reference(&a[0], &a[1])),
+        oracle: Box::new(|a| &a[0] + &a[1]),
+    }
+}
+
+/// Arguments: x and the weight. Every third row does not count, unless `all` do.
+pub fn linear_cross_entropy(args: Vec<Arg>, all: bool) -> Case {
+    let (n, v) = (args[0].dims[0], args[1].dims[0]);
+    let columns: Vec<Option<usize>> =
+        (0..n).map(|row| if (row % 3 == 1 && !all) || v == 0 { None } else { Some(row * 7 % v) }).collect();
+    let targets: Vec<i64> =
+        columns.iter().map(|column| column.map_or(-100, |column| column as i64)).collect();
+    let targets_too = targets.clone();
+    Case {
+        what: format!("linear_cross_entropy all {all}"),
+        slack: 4.0,
+        args,
+        fused: Box::new(move |a| {
+            let targets = Tensor::new(targets.as_slice(), a[0].device())?;
+            candle_fused::linear_cross_entropy(&a[0], &a[1], &targets, Some(-100))
+        }),
+        reference: Box::new(move |a| {
+            let targets = Tensor::new(targets_too.as_slice(), a[0].device())?;
+            ops::linear_cross_entropy::reference(&a[0], &a[1], &targets, Some(-100))
+        }),
+        oracle: Box::new(move |a| oracle::cross_entropy(&oracle::product(&a[0], &a[1].t()?)?, &columns)),
+    }
+}
+
 /// The products are Candle's own on both sides, and differ in the order of their factors alone: hence the slack.
 pub fn lora_delta(args: Vec<Arg>, layout: LoraLayout) -> Case {
     Case {
@@ -297,6 +349,35 @@ pub fn frozen_linear_cases(n: usize, lies: Lies) -> Vec<Case> {
     ]
 }
 
+pub fn attention_cases(n: usize, lies: Lies) -> Vec<Case> {
+    // The sizes are of the head's width or of the keys; Candle itself cannot read a window of an empty tensor.
+    let lies = if n == 0 { Lies::Contiguous } else { lies };
+    let kv = |s, d| [arg(&[2, s, 2, d]).lies(lies), arg(&[2, s, 2, d]).lies(lies)];
+    let keys = n.min(100);
+    vec![
+        attention(arg(&[2, 3, 4, n.min(1000)]).lies(lies), kv(5, n.min(1000)), 0.3, Mask::Causal),
+        attention(arg(&[2, keys, 4, 8]).lies(lies), kv(keys, 8), 0.3, Mask::Causal),
+        attention(arg(&[2, 2, 4, 8]).lies(lies), kv(keys.max(2), 8), 0.3, Mask::None),
+        attention(arg(&[2, 2, 4, 8]).lies(lies).frozen(), kv(keys.max(2), 8), 0.7, Mask::Causal),
+    ]
+}
+
+pub fn add_cases(n: usize, lies: Lies) -> Vec<Case> {
+    vec![add(arg(&[2, 3, n]).lies(lies), arg(&[2, 3, n]).lies(lies)), add(arg(&[n]), arg(&[n]).frozen())]
+}
+
+pub fn linear_cross_entropy_cases(n: usize, lies: Lies) -> Vec<Case> {
+    let lying = |dims: [usize; 2]| arg(&dims).lies(lies);
+    let args = |rows: usize, width: usize, vocabulary: usize| {
+        vec![lying([rows, width]), lying([vocabulary, width]).frozen()]
+    };
+    vec![
+        linear_cross_entropy(args(7, 5, n), false),
+        linear_cross_entropy(args(n.min(1000), 5, 9), false),
+        linear_cross_entropy(args(n.min(1000), 5, 9), true),
+    ]
+}
+
 /// The cases of every operation.
 pub fn all_cases(n: usize, lies: Lies) -> Vec<Case> {
     [
@@ -307,6 +388,9 @@ pub fn all_cases(n: usize, lies: Lies) -> Vec<Case> {
         silu_mul_cases,
         gelu_mul_cases,
         cross_entropy_cases,
+        linear_cross_entropy_cases,
+        attention_cases,
+        add_cases,
         lora_delta_cases,
         lora_linear_cases,
         frozen_linear_cases,

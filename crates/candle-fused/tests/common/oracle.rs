@@ -98,6 +98,25 @@ pub fn gelu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     (gate * share)? * up
 }
 
+/// Head by head, on tensors that hold nothing else.
+pub fn attention([q, k, v]: [&Tensor; 3], scale: f64, causal: bool) -> Result<Tensor> {
+    let ((b, _, h, _), g) = (q.dims4()?, k.dim(2)?);
+    if q.elem_count() == 0 {
+        return q * 1.0;
+    }
+    let matrix = |x: &Tensor, b: usize, h: usize| {
+        x.narrow(0, b, 1)?.narrow(2, h, 1)?.squeeze(2)?.squeeze(0)?.contiguous()
+    };
+    let head = |i: usize| -> Result<Tensor> {
+        let (b, h, g) = (i / h, i % h, i % h / (h / g));
+        let weights = softmax(&matrix(q, b, h)?.matmul(&matrix(k, b, g)?.t()?)?, scale, causal)?;
+        weights.matmul(&matrix(v, b, g)?)
+    };
+    let heads = (0..b * h).map(head).collect::<Result<Vec<_>>>()?;
+    let batches = heads.chunks(h).map(|heads| Tensor::stack(heads, 1)).collect::<Result<Vec<_>>>()?;
+    Tensor::stack(&batches, 0)
+}
+
 /// The mean over rows with a target.
 pub fn cross_entropy(x: &Tensor, targets: &[Option<usize>]) -> Result<Tensor> {
     let (n, v) = x.dims2()?;

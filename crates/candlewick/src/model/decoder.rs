@@ -1,7 +1,7 @@
 //! One decoder for the Llama family: pre-norm blocks of grouped-query attention and a gated MLP.
 
-use candle_core::{D, DType, Device, Tensor};
-use candle_fused::{Mask, RopeLayout, SoftmaxOptions};
+use candle_core::{DType, Device, Tensor};
+use candle_fused::{Mask, RopeLayout, SoftmaxOptions, view};
 use candle_nn::kv_cache::KvCache as LayerCache;
 
 use super::config::{Architecture, ModelConfig, to_f64};
@@ -166,6 +166,29 @@ impl Decoder {
         self.lm_head.forward(&x, dropout_seed)
     }
 
+    /// The mean negative log-likelihood, a differentiable f32 scalar, of `targets [batch, tokens]` (i64) that are not
+    /// `ignored` after the ids `[batch, tokens]`. A frozen output projection's logits are never held all at once.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`]; a target outside the vocabulary.
+    pub fn loss(
+        &self,
+        ids: &Tensor,
+        targets: &Tensor,
+        ignored: i64,
+        dropout_seed: Option<u64>,
+    ) -> Result<Tensor> {
+        let x = self.hidden(ids, None, dropout_seed)?;
+        let targets = targets.flatten_all()?;
+        if let Some(weight) = self.lm_head.frozen_weight() {
+            return Ok(candle_fused::linear_cross_entropy(&x, weight, &targets, Some(ignored))?);
+        }
+        let logits = self.lm_head.forward(&x, dropout_seed)?;
+        let vocabulary = self.config.vocab_size;
+        let logits = view::reshape(&logits, (targets.elem_count(), vocabulary))?;
+        Ok(candle_fused::cross_entropy(&logits, &targets, Some(ignored))?)
+    }
+
     /// Logits `[batch, 1, vocab]` of the last position only, which is all that sampling needs.
     ///
     /// # Errors
@@ -246,12 +269,12 @@ impl Layer {
     fn forward(&self, x: &Tensor, call: &Call, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let eps = call.config.rms_norm_eps;
         let normed = candle_fused::rms_norm(x, Some(&self.input_norm), eps)?;
-        let x = (x + self.attention.forward(&normed, call, cache)?)?;
+        let x = candle_fused::add(x, &self.attention.forward(&normed, call, cache)?)?;
         let normed = candle_fused::rms_norm(&x, Some(&self.post_attention_norm), eps)?;
         let gate = self.gate.forward(&normed, call.dropout_seed)?;
         let up = self.up.forward(&normed, call.dropout_seed)?;
         let mlp = self.down.forward(&candle_fused::silu_mul(&gate, &up)?, call.dropout_seed)?;
-        Ok((x + mlp)?)
+        Ok(candle_fused::add(&x, &mlp)?)
     }
 }
 
@@ -264,38 +287,30 @@ impl Attention {
             (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let split = |projection: &Linear, heads: usize| -> Result<Tensor> {
             let y = projection.forward(x, call.dropout_seed)?;
-            Ok(y.reshape((batch, tokens, heads, width))?)
+            Ok(view::reshape(&y, (batch, tokens, heads, width))?)
         };
-        let (mut q, mut k) = (split(&self.q, heads)?, split(&self.k, kv_heads)?);
+        let (mut q, mut k, v) =
+            (split(&self.q, heads)?, split(&self.k, kv_heads)?, split(&self.v, kv_heads)?);
         if let Some((q_norm, k_norm)) = &self.head_norms {
             q = candle_fused::rms_norm(&q, Some(q_norm), config.rms_norm_eps)?;
             k = candle_fused::rms_norm(&k, Some(k_norm), config.rms_norm_eps)?;
         }
         let rotate = |x: &Tensor| {
-            candle_fused::rope(&x.transpose(1, 2)?, &call.cos, &call.sin, RopeLayout::Half)?.contiguous()
+            candle_fused::rope(&view::transpose(x, 1, 2)?, &call.cos, &call.sin, RopeLayout::Half)
         };
-        let (q, k) = (rotate(&q)?, rotate(&k)?);
-        let v = split(&self.v, kv_heads)?.transpose(1, 2)?.contiguous()?;
+        let (q, k) = (view::transpose(&rotate(&q)?, 1, 2)?, rotate(&k)?);
         let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?,
-            None => (k, v),
+            Some(cache) => {
+                let (k, v) = cache.append(&k, &v.transpose(1, 2)?.contiguous()?)?;
+                (k.transpose(1, 2)?, v.transpose(1, 2)?)
+            }
+            None => (view::transpose(&k, 1, 2)?, v),
         };
-        let group = heads / kv_heads;
-        let keys = k.dim(2)?;
         #[expect(clippy::cast_possible_truncation, reason = "rounding the scale to f32")]
         let scale = to_f64(width).sqrt().recip() as f32;
-        let scores = q
-            .reshape((batch, kv_heads, group * tokens, width))?
-            .matmul(&k.transpose(D::Minus2, D::Minus1)?)?
-            .reshape((batch, heads, tokens, keys))?;
         let options = SoftmaxOptions { scale, mask: Mask::Causal };
-        let weights = candle_fused::softmax(&scores, options)?;
-        let y = weights
-            .reshape((batch, kv_heads, group * tokens, keys))?
-            .matmul(&v)?
-            .reshape((batch, heads, tokens, width))?
-            .transpose(1, 2)?
-            .reshape((batch, tokens, heads * width))?;
+        let y = candle_fused::attention(&q, &k, &v, options)?;
+        let y = view::reshape(&y, (batch, tokens, heads * width))?;
         self.o.forward(&y, call.dropout_seed)
     }
 }

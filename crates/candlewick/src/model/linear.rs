@@ -63,6 +63,12 @@ impl Linear {
         Ok(y.reshape(shape)?)
     }
 
+    /// The weight, if that is all there is and it is not trained.
+    pub(crate) fn frozen_weight(&self) -> Option<&Tensor> {
+        let alone = self.adapter.is_none() && self.bias.is_none() && !self.weight.track_op();
+        alone.then_some(&self.weight)
+    }
+
     /// Input and output width.
     #[must_use]
     pub fn dims(&self) -> (usize, usize) {

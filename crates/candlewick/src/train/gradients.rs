@@ -98,7 +98,7 @@ pub fn accumulate(
             return Err(Error::NonFinite { step, what: blame_loss(parameters)? });
         }
         sum += weight * value;
-        let mut store = if weight < 1.0 { (loss * weight)?.backward()? } else { loss.backward()? };
+        let mut store = candle_fused::backward(&loss, weight)?;
         for (parameter, slot) in parameters.iter().zip(&mut tensors) {
             let Some(gradient) = store.remove(parameter.var.as_tensor()) else {
                 continue;

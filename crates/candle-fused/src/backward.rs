@@ -1,0 +1,186 @@
+//! Gradients of a loss, without what Candle's backward spends on each edge of the graph.
+//!
+//! Candle begins the gradient of every tensor with zeros and adds to it out of place: for each use of a tensor one filling
+//! and one sum of its size, most of which add to nothing. Where all of a graph are operations of this crate (and views
+//! by [`view`](crate::view)), a first gradient is taken as it is. The order of operations is Candle's own.
+
+use std::collections::HashMap;
+use std::sync::Weak;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, TensorId};
+
+use crate::graph::{self, Entry, Node, Undo, View};
+use crate::ops::add::sum;
+
+/// The gradients of a loss.
+pub struct Gradients(Store);
+
+enum Store {
+    Own(HashMap<TensorId, Tensor>),
+    Candle(GradStore),
+}
+
+impl Gradients {
+    /// The gradient of a variable; `None` where the loss does not depend on it.
+    #[must_use]
+    pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
+        match &self.0 {
+            Store::Own(gradients) => gradients.get(&tensor.id()),
+            Store::Candle(gradients) => gradients.get(tensor),
+        }
+    }
+
+    /// The gradient of a variable, taken out.
+    pub fn remove(&mut self, tensor: &Tensor) -> Option<Tensor> {
+        match &mut self.0 {
+            Store::Own(gradients) => gradients.remove(&tensor.id()),
+            Store::Candle(gradients) => gradients.remove(tensor),
+        }
+    }
+}
+
+/// The gradients of `weight · loss` for all variables that it depends on: as [`Tensor::backward`], which is called where
+/// the graph holds other operations than this crate's.
+///
+/// # Errors
+/// A failed tensor operation.
+pub fn backward(loss: &Tensor, weight: f64) -> Result<Gradients> {
+    let tensors = loss.sorted_nodes();
+    let steps: Option<Vec<_>> =
+        tensors.iter().filter(|tensor| !tensor.is_variable()).map(|tensor| step(tensor)).collect();
+    let Some(steps) = steps else {
+        let gradients =
+            if weight < 1.0 || weight > 1.0 { (loss * weight)?.backward()? } else { loss.backward()? };
+        return Ok(Gradients(Store::Candle(gradients)));
+    };
+    let mut gradients = HashMap::new();
+    gradients.insert(
+        loss.id(),
+        Tensor::full(1f32, loss.shape(), loss.device())?.affine(weight, 0.0)?.to_dtype(loss.dtype())?,
+    );
+    for (tensor, step) in steps {
+        let Some(gradient) = gradients.remove(&tensor.id()) else { continue };
+        match step {
+            Step::View(View { of, undo }) => {
+                let gradient = match undo {
+                    Undo::Reshape(shape) => gradient.reshape(shape)?,
+                    Undo::Transpose(first, second) => gradient.transpose(first, second)?,
+                };
+                accumulate(&mut gradients, of, gradient)?;
+            }
+            Step::Op(node) => {
+                for (arg, gradient) in node.args().iter().zip(node.gradients(tensor, &gradient)?) {
+                    if let Some(gradient) = gradient {
+                        accumulate(&mut gradients, arg.id(), gradient)?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(Gradients(Store::Own(gradients)))
+}
+
+enum Step {
+    Op(std::sync::Arc<dyn Node>),
+    View(View),
+}
+
+/// A tensor of this crate's, with what makes its gradient those of others.
+fn step<'a>(tensor: &&'a Tensor) -> Option<(&'a Tensor, Step)> {
+    let step = match graph::entry(tensor.id())? {
+        Entry::Op(node) => Step::Op(Weak::upgrade(&node)?),
+        Entry::View(view, _) => Step::View(view),
+    };
+    Some((tensor, step))
+}
+
+fn accumulate(gradients: &mut HashMap<TensorId, Tensor>, id: TensorId, gradient: Tensor) -> Result<()> {
+    let gradient = match gradients.remove(&id) {
+        Some(before) => sum(&before, &gradient)?,
+        None => gradient,
+    };
+    gradients.insert(id, gradient.detach());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::{Dropout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions, view};
+
+    fn tensor(dims: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap()
+    }
+
+    fn var(dims: &[usize]) -> Var {
+        Var::from_tensor(&tensor(dims)).unwrap()
+    }
+
+    /// A block of a transformer, with every kind of edge: shared tensors, views, constants.
+    fn loss(vars: &[Var], constants: &[Tensor]) -> Result<Tensor> {
+        let [x, norm, a, b, up] = vars else { unreachable!() };
+        let [weight, table, head, targets] = constants else { unreachable!() };
+        let options = LoraLinearOptions { scaling: 2.0, dropout: Some(Dropout { p: 0.2, seed: 3 }) };
+        let normed = crate::rms_norm(x, Some(norm), 1e-6)?;
+        let q = crate::lora_linear(&normed, weight, None, a, b, options)?;
+        let q = view::transpose(&view::reshape(&q, (2, 6, 4, 4))?, 1, 2)?;
+        let q = view::transpose(&crate::rope(&q, table, table, RopeLayout::Half)?, 1, 2)?;
+        let kv = view::reshape(&normed, (2, 6, 4, 4))?;
+        let y = crate::attention(&q, &kv, &kv, SoftmaxOptions { scale: 0.5, mask: Mask::Causal })?;
+        let x = crate::add(x, &view::reshape(&y, (2, 6, 16))?)?;
+        let x = crate::add(&x, &crate::silu_mul(&x, up)?)?;
+        crate::linear_cross_entropy(&x, head, targets, Some(-100))
+    }
+
+    /// Without the sign of zero, which Candle's zeros take away.
+    fn bits(tensor: &Tensor) -> Vec<u32> {
+        let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(|x| (x + 0.0).to_bits()).collect()
+    }
+
+    #[test]
+    fn gradients_are_those_of_candle() {
+        let vars = [&[2, 6, 16][..], &[16], &[3, 16], &[16, 3], &[2, 6, 16]].map(var);
+        let targets = Tensor::new(&[1i64, 2, 3, 4, 5, -100, 6, 7, 8, -100, 0, 1], &Device::Cpu).unwrap();
+        let constants = [tensor(&[16, 16]), tensor(&[6, 2]), tensor(&[9, 16]), targets];
+        let loss = loss(&vars, &constants).unwrap();
+        for weight in [1.0, 0.25] {
+            let expected = (&loss * weight).unwrap().backward().unwrap();
+            let mut own = backward(&loss, weight).unwrap();
+            assert!(matches!(own.0, Store::Own(_)), "every operation is this crate's");
+            for var in &vars {
+                assert_eq!(bits(own.get(var).unwrap()), bits(expected.get(var).unwrap()));
+                assert!(own.remove(var).is_some() && own.get(var).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn other_operations_are_left_to_candle() {
+        let x = var(&[3, 4]);
+        let loss = crate::rms_norm(&x, None, 1e-6).unwrap().sqr().unwrap().sum_all().unwrap();
+        let (own, expected) = (backward(&loss, 0.5).unwrap(), (&loss * 0.5).unwrap().backward().unwrap());
+        assert!(matches!(own.0, Store::Candle(_)));
+        assert_eq!(bits(own.get(&x).unwrap()), bits(expected.get(&x).unwrap()));
+    }
+
+    #[test]
+    fn what_is_dropped_is_forgotten() {
+        let x = var(&[2, 6]);
+        let (id, view_id) = {
+            let y = crate::rms_norm(&x, None, 1e-6).unwrap();
+            let view = view::reshape(&y, 12).unwrap();
+            assert!(graph::entry(y.id()).is_some() && graph::entry(view.id()).is_some());
+            (y.id(), view.id())
+        };
+        assert!(graph::entry(id).is_none() && graph::entry(view_id).is_none());
+        let constant = x.as_detached_tensor();
+        assert!(graph::entry(view::reshape(&constant, 12).unwrap().id()).is_none());
+        assert_eq!(constant.dtype(), DType::F32);
+    }
+}

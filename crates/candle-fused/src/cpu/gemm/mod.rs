@@ -1,0 +1,551 @@
+//! Sums of matrix products, `C = C₀ + A₁·B₁ + A₂·B₂ + …`, as the linear layers need them.
+//!
+//! The way is that of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008). The result is
+//! cut into blocks of columns, one task each (and into blocks of rows where there are few columns). A task takes the
+//! common dimension in pieces; it packs its part of the right matrix, which then stays in the second-level cache, and
+//! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied: it is packed
+//! once for all rows of the task, and forgotten. Nothing is kept between calls.
+//!
+//! 16-bit right matrices are widened as they are packed; a 16-bit left matrix is widened whole beforehand, unless the
+//! processor multiplies bf16 pairs (`AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
+//!
+//! Several products in one sum cost no pass over the result: they are further pieces of the common dimension. That is
+//! how LoRA's update rides on its frozen product.
+//!
+//! The order of additions in an element depends on the common dimensions alone (and on whether there are at most
+//! [`dot::ROWS`] rows, which are multiplied without packing): not on the block, nor on the threads.
+
+mod dot;
+mod kernel;
+mod matrix;
+mod pack;
+#[cfg(test)]
+mod tests;
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use candle_core::WithDType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::dispatch::{self, Isa};
+use kernel::{Kernel, Tile};
+pub(crate) use matrix::{Data, Matrix};
+
+/// Steps of the common dimension in one piece.
+const STEPS: usize = 256;
+/// Columns in one task's block, unless there are too few for all threads.
+const COLUMNS: usize = 256;
+/// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
+const ROWS: usize = 96;
+/// Rows of a 16-bit result that one task sums up in f32.
+const ROUNDED_ROWS: usize = 512;
+/// Multiplications that are worth waking another thread.
+const PARALLEL: usize = 1 << 19;
+
+/// `left [m, k] · right [k, n]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
+    pub(crate) left: Matrix<'a>,
+    pub(crate) right: Matrix<'a>,
+}
+
+/// What a sum begins with.
+#[derive(Clone, Copy)]
+pub(crate) enum Start<'a> {
+    /// Zero.
+    Zero,
+    /// The same row for every row of the result.
+    Row(&'a [f32]),
+    /// A matrix of the result's shape, row by row.
+    Matrix(&'a [f32]),
+}
+
+/// What a result is stored as.
+pub(crate) trait Store: WithDType {
+    /// Rounds `from` into `to`, which is as long.
+    fn store(from: &[f32], to: &mut [MaybeUninit<Self>]);
+    /// The result's own memory as f32, if that is what it is.
+    fn as_f32(to: *mut Self) -> Option<*mut f32>;
+}
+
+impl Store for f32 {
+    fn store(from: &[f32], to: &mut [MaybeUninit<f32>]) {
+        to.write_copy_of_slice(from);
+    }
+
+    fn as_f32(to: *mut f32) -> Option<*mut f32> {
+        Some(to)
+    }
+}
+
+impl Store for f16 {
+    fn store(from: &[f32], to: &mut [MaybeUninit<f16>]) {
+        let mut piece = [f16::ZERO; 64];
+        for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+            let piece = &mut piece[..from.len()];
+            piece.convert_from_f32_slice(from);
+            to.write_copy_of_slice(piece);
+        }
+    }
+
+    fn as_f32(_: *mut f16) -> Option<*mut f32> {
+        None
+    }
+}
+
+impl Store for bf16 {
+    fn store(from: &[f32], to: &mut [MaybeUninit<bf16>]) {
+        for (from, to) in from.iter().zip(to) {
+            // To the nearest, ties to even; a NaN stays one.
+            let bits = from.to_bits();
+            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+            let bits = if from.is_nan() { bits >> 16 | 0x40 } else { rounded };
+            to.write(bf16::from_bits(u16::try_from(bits & 0xFFFF).unwrap_or_default()));
+        }
+    }
+
+    fn as_f32(_: *mut bf16) -> Option<*mut f32> {
+        None
+    }
+}
+
+/// Rounds `from` to the end of `to`.
+pub(crate) fn append<T: Store>(from: &[f32], to: &mut Vec<T>) {
+    let length = to.len();
+    to.reserve(from.len());
+    T::store(from, &mut to.spare_capacity_mut()[..from.len()]);
+    // SAFETY: within the capacity, and `store` has written all elements.
+    unsafe { to.set_len(length + from.len()) };
+}
+
+/// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
+pub(crate) fn sum_of_products<T: Store>([m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
+    sum_with(dispatch::isa(), [m, n], start, products)
+}
+
+fn sum_with<T: Store>(isa: Isa, [m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
+    let mut result: Vec<T> = Vec::with_capacity(m * n);
+    write(isa, [m, n], start, products, result.spare_capacity_mut());
+    // SAFETY: `write` has written all elements.
+    unsafe { result.set_len(m * n) };
+    result
+}
+
+/// `to += Σ left·right`, on the calling thread.
+pub(crate) fn add_products([m, n]: [usize; 2], products: &[Product], to: &mut [f32]) {
+    assert_shapes([m, n], products);
+    assert!(to.len() >= m * n, "the result is too small");
+    let isa = dispatch::isa();
+    if m <= dot::ROWS && products.iter().all(|product| dot::serves(&product.right)) {
+        let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
+        for j in 0..n {
+            let mut sums = [0f32; dot::ROWS];
+            for (product, left) in products.iter().zip(&left) {
+                dot::add(isa, left, m, &product.right, j, &mut sums);
+            }
+            for (i, sum) in sums.iter().enumerate().take(m) {
+                to[i * n + j] += sum;
+            }
+        }
+        return;
+    }
+    let kernel = Kernel { pairs: None, ..Kernel::of(isa) };
+    let lefts = lefts(kernel, products);
+    let terms = terms(products, &lefts);
+    let sum = Sum { isa, kernel, n, start: Start::Zero, terms: &terms };
+    // SAFETY: the result is initialised, as large as is said, and nobody else's.
+    unsafe { sum.block(0..m, 0..n, to.as_mut_ptr(), n, true, &mut Vec::new()) };
+}
+
+fn assert_shapes([m, n]: [usize; 2], products: &[Product]) {
+    for Product { left, right } in products {
+        assert!([left.rows, right.columns] == [m, n] && left.columns == right.rows, "a product's shape");
+    }
+}
+
+/// Writes all `m·n` elements of the result.
+fn write<T: Store>(
+    isa: Isa,
+    [m, n]: [usize; 2],
+    start: Start,
+    products: &[Product],
+    to: &mut [MaybeUninit<T>],
+) {
+    assert_shapes([m, n], products);
+    match start {
+        Start::Row(row) => assert_eq!(row.len(), n, "the first row's length"),
+        Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "the first matrix's size"),
+        Start::Zero => {}
+    }
+    assert!(to.len() >= m * n, "the result is too small");
+    if m * n == 0 {
+        return;
+    }
+    if m <= dot::ROWS && products.iter().all(|product| dot::serves(&product.right)) {
+        return write_few(isa, [m, n], start, products, to);
+    }
+    let kernel = Kernel::of(isa);
+    let lefts = lefts(kernel, products);
+    let terms = terms(products, &lefts);
+    let sum = Sum { isa, kernel, n, start, terms: &terms };
+
+    let work = m * n * terms.iter().map(|term| term.left.columns).sum::<usize>();
+    let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
+    let out = Shared(to.as_mut_ptr().cast::<T>());
+    let tasks = tasks(kernel, [m, n], threads, T::as_f32(out.0).is_none());
+    let run = |scratch: &mut Scratch, (rows, columns): (Range<usize>, Range<usize>)| {
+        // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
+        unsafe { sum.task(rows, columns, &out, scratch) };
+    };
+    if threads == 1 {
+        tasks.into_iter().for_each(|task| run(&mut Scratch::default(), task));
+    } else {
+        tasks.into_par_iter().for_each_init(Scratch::default, run);
+    }
+}
+
+/// As [`write`], for few rows.
+fn write_few<T: Store>(
+    isa: Isa,
+    [m, n]: [usize; 2],
+    start: Start,
+    products: &[Product],
+    to: &mut [MaybeUninit<T>],
+) {
+    let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
+    let mut sums = vec![[0f32; dot::ROWS]; n];
+    let compute = |(j, sums): (usize, &mut [f32; dot::ROWS])| {
+        for (i, sum) in sums.iter_mut().enumerate().take(m) {
+            *sum = match start {
+                Start::Zero => 0.0,
+                Start::Row(row) => row[j],
+                Start::Matrix(matrix) => matrix[i * n + j],
+            };
+        }
+        for (product, left) in products.iter().zip(&left) {
+            dot::add(isa, left, m, &product.right, j, sums);
+        }
+    };
+    let columns = sums.par_iter_mut().enumerate().with_min_len(64);
+    columns.for_each(compute);
+    let mut row = vec![0f32; n];
+    for (i, to) in to.chunks_exact_mut(n).enumerate().take(m) {
+        for (x, sums) in row.iter_mut().zip(&sums) {
+            *x = sums[i];
+        }
+        T::store(&row, to);
+    }
+}
+
+/// The result's memory, of which each task writes its own block.
+struct Shared<T>(*mut T);
+
+// SAFETY: what is shared is an address; who writes where is decided by the tasks.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+/// A thread's packed block, and its sums before rounding.
+#[derive(Default)]
+struct Scratch {
+    packed: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// The blocks of the result.
+fn tasks(
+    kernel: Kernel,
+    [m, n]: [usize; 2],
+    threads: usize,
+    rounded: bool,
+) -> Vec<(Range<usize>, Range<usize>)> {
+    let panels = n.div_ceil(kernel.columns);
+    let wanted = if threads == 1 { 1 } else { 2 * threads };
+    let mut across = panels.div_ceil((COLUMNS / kernel.columns).max(1));
+    if across < wanted {
+        across = wanted.min(panels);
+    } else {
+        across = across.next_multiple_of(threads).min(panels);
+    }
+    let groups = m.div_ceil(kernel.rows);
+    let mut down = wanted.div_ceil(across).min(groups.div_ceil(4));
+    if rounded {
+        down = down.max(m.div_ceil(ROUNDED_ROWS));
+    }
+    let cut = |parts: usize, units: usize, size: usize, end: usize| {
+        (0..parts).map(move |i| (i * units / parts * size)..((i + 1) * units / parts * size).min(end))
+    };
+    cut(across, panels, kernel.columns, n)
+        .flat_map(|columns| cut(down, groups, kernel.rows, m).map(move |rows| (rows, columns.clone())))
+        .collect()
+}
+
+/// A left matrix for several products, widened once.
+pub(crate) struct Left<'a> {
+    stored: Matrix<'a>,
+    wide: Option<Vec<f32>>,
+}
+
+impl<'a> Left<'a> {
+    pub(crate) fn new(stored: Matrix<'a>) -> Self {
+        let readable =
+            matches!(stored.data, Data::F32(_)) && (stored.row_stride == 1 || stored.column_stride == 1);
+        Self { stored, wide: (!readable).then(|| along(stored).0.to_f32()) }
+    }
+
+    /// In f32.
+    pub(crate) fn wide(&self) -> Matrix<'_> {
+        let (stored, turned) = along(self.stored);
+        let wide =
+            self.wide.as_ref().and_then(|wide| Matrix::of_rows(wide, [stored.rows, stored.columns]).ok());
+        match wide {
+            Some(wide) if turned => wide.t(),
+            Some(wide) => wide,
+            None => self.stored,
+        }
+    }
+
+    /// As the product with this right matrix reads it best.
+    pub(crate) fn beside(&self, right: &Matrix) -> Matrix<'_> {
+        let stored = Product { left: self.stored, right: *right };
+        if takes_pairs(Kernel::of(dispatch::isa()).pairs, &stored) { self.stored } else { self.wide() }
+    }
+}
+
+/// The matrix, or its transpose where that lies in rows; whether it is that.
+fn along(matrix: Matrix) -> (Matrix, bool) {
+    let turned = matrix.row_stride == 1 && matrix.column_stride != 1;
+    (if turned { matrix.t() } else { matrix }, turned)
+}
+
+/// Whether a product is one of bf16 pairs.
+fn takes_pairs(pairs: Option<kernel::PairTileFn>, Product { left, right }: &Product) -> bool {
+    pairs.is_some()
+        && matches!((left.data, right.data), (Data::BF16(_), Data::BF16(_)))
+        && left.column_stride == 1
+}
+
+/// The left matrices as the kernels read them, widened where they cannot.
+fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Option<Left<'a>>> {
+    let left = |product: &Product<'a>| (!takes_pairs(kernel.pairs, product)).then(|| Left::new(product.left));
+    products.iter().map(left).collect()
+}
+
+/// The products with these left matrices.
+fn terms<'a>(products: &[Product<'a>], lefts: &'a [Option<Left<'a>>]) -> Vec<Product<'a>> {
+    let term = |(product, left): (&Product<'a>, &'a Option<Left<'a>>)| Product {
+        left: left.as_ref().map_or(product.left, Left::wide),
+        right: product.right,
+    };
+    products.iter().zip(lefts).map(term).collect()
+}
+
+/// What all tasks of one sum share.
+struct Sum<'a> {
+    isa: Isa,
+    kernel: Kernel,
+    n: usize,
+    start: Start<'a>,
+    terms: &'a [Product<'a>],
+}
+
+impl Sum<'_> {
+    /// Computes a block of the result and stores it.
+    ///
+    /// # Safety
+    /// `out` has `n` elements for each row, and nobody else uses those of the block.
+    unsafe fn task<T: Store>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: &Shared<T>,
+        scratch: &mut Scratch,
+    ) {
+        let width = columns.len();
+        // SAFETY: the block's first element.
+        let first = unsafe { out.0.add(rows.start * self.n + columns.start) };
+        if let Some(out) = T::as_f32(first) {
+            // SAFETY: the block is ours; its rows are `n` apart.
+            unsafe {
+                let begun = self.begin(rows.clone(), columns.clone(), out, self.n);
+                self.block(rows, columns, out, self.n, begun, &mut scratch.packed);
+            }
+            return;
+        }
+        scratch.sums.clear();
+        scratch.sums.resize(rows.len() * width, 0.0);
+        let sums = scratch.sums.as_mut_ptr();
+        // SAFETY: `sums` has the block's size.
+        unsafe {
+            self.begin(rows.clone(), columns.clone(), sums, width);
+            self.block(rows.clone(), columns, sums, width, true, &mut scratch.packed);
+        }
+        for (i, sums) in scratch.sums.chunks_exact(width.max(1)).enumerate() {
+            // SAFETY: a row of the block.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(first.add(i * self.n).cast::<MaybeUninit<T>>(), width)
+            };
+            T::store(sums, to);
+        }
+    }
+
+    /// Writes what the sum begins with; false if that is nothing and something else will write.
+    ///
+    /// # Safety
+    /// `out` has the block's columns in each of its rows, `stride` apart.
+    unsafe fn begin(&self, rows: Range<usize>, columns: Range<usize>, out: *mut f32, stride: usize) -> bool {
+        let empty = self.terms.iter().all(|term| term.left.columns == 0);
+        if matches!(self.start, Start::Zero) && !empty {
+            return false;
+        }
+        for (i, row) in rows.enumerate() {
+            // SAFETY: the caller's promise; floats of any bits.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(out.add(i * stride).cast::<MaybeUninit<f32>>(), columns.len())
+            };
+            match self.start {
+                Start::Zero => to.fill(MaybeUninit::new(0.0)),
+                Start::Row(from) => _ = to.write_copy_of_slice(&from[columns.clone()]),
+                Start::Matrix(from) => {
+                    to.write_copy_of_slice(&from[row * self.n..][columns.clone()]);
+                }
+            }
+        }
+        true
+    }
+
+    /// Adds the block's products to `out`, or writes them there if it has not `begun`.
+    ///
+    /// # Safety
+    /// `out` has the block's columns in each of its rows, `stride` apart, initialised if it has begun.
+    unsafe fn block(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: *mut f32,
+        stride: usize,
+        begun: bool,
+        packed: &mut Vec<f32>,
+    ) {
+        let mut accumulate = begun;
+        for term in self.terms {
+            let pairs = self.kernel.pairs.filter(|_| takes_pairs(self.kernel.pairs, term));
+            let k = term.left.columns;
+            let pieces = k.div_ceil(STEPS);
+            for piece in 0..pieces {
+                // Of even length, so that pairs stay together.
+                let cut = |i: usize| (i * k.div_ceil(2) / pieces * 2).min(k);
+                let steps = cut(piece)..cut(piece + 1);
+                let words = if pairs.is_some() { steps.len().div_ceil(2) } else { steps.len() };
+                let size = words * columns.len().next_multiple_of(self.kernel.columns);
+                if packed.len() < size {
+                    packed.resize(size, 0.0);
+                }
+                let (width, to) = (self.kernel.columns, &mut packed[..size]);
+                if pairs.is_some() {
+                    pack::pack_pairs(self.isa, &term.right, steps.clone(), columns.clone(), width, to);
+                } else {
+                    pack::pack(self.isa, &term.right, steps.clone(), columns.clone(), width, to);
+                }
+                let piece = Piece { left: &term.left, pairs, steps, words, packed: to };
+                // SAFETY: the caller's promise.
+                unsafe { self.piece(&piece, rows.clone(), columns.len(), out, stride, accumulate) };
+                accumulate = true;
+            }
+        }
+    }
+
+    /// One piece of the common dimension for a block of the result.
+    ///
+    /// # Safety
+    /// That of [`Sum::block`].
+    unsafe fn piece(
+        &self,
+        piece: &Piece,
+        rows: Range<usize>,
+        columns: usize,
+        out: *mut f32,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let Kernel { rows: tall, columns: wide, .. } = self.kernel;
+        for first in rows.clone().step_by(ROWS) {
+            for (j, panel) in piece.packed.chunks_exact(piece.words * wide).enumerate() {
+                let count = wide.min(columns - j * wide);
+                for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
+                    let tile = Tile {
+                        rows: tall.min(rows.end - i),
+                        columns: count,
+                        k: piece.steps.len(),
+                        row_stride: piece.left.row_stride,
+                        column_stride: piece.left.column_stride,
+                        out_stride: stride,
+                        accumulate,
+                    };
+                    // SAFETY: a tile of the block.
+                    unsafe {
+                        let out = out.add((i - rows.start) * stride + j * wide);
+                        self.tile(piece, tile, i, panel, out);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One tile, by way of a buffer where it has fewer columns than are computed.
+    ///
+    /// # Safety
+    /// `out` has the tile's columns in each of its rows, initialised if it accumulates.
+    unsafe fn tile(&self, piece: &Piece, tile: Tile, row: usize, panel: &[f32], out: *mut f32) {
+        let half = self.kernel.columns / 2;
+        let computed = if self.kernel.halves && tile.columns <= half { half } else { self.kernel.columns };
+        if tile.columns == computed {
+            // SAFETY: the tile's columns are all that is computed.
+            unsafe { self.run(piece, &tile, row, panel, out) };
+            return;
+        }
+        let mut buffer = [0f32; kernel::MAX_ROWS * pack::MAX_WIDTH];
+        let buffered = Tile { out_stride: computed, accumulate: false, ..tile };
+        // SAFETY: the buffer has all columns of every row.
+        unsafe { self.run(piece, &buffered, row, panel, buffer.as_mut_ptr()) };
+        for (i, from) in buffer.chunks_exact(computed).enumerate().take(tile.rows) {
+            for (j, &x) in from.iter().enumerate().take(tile.columns) {
+                // SAFETY: the tile's own columns.
+                unsafe {
+                    let out = out.add(i * tile.out_stride + j);
+                    *out = if tile.accumulate { *out + x } else { x };
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `out` has all columns that are computed in each of the tile's rows, initialised if it accumulates.
+    unsafe fn run(&self, piece: &Piece, tile: &Tile, row: usize, panel: &[f32], out: *mut f32) {
+        let start = piece.left.index(row, piece.steps.start);
+        // SAFETY: the left matrix's elements lie within its data, those of these rows and steps too; the panel has the
+        // steps' packed columns; the caller promises the rest.
+        unsafe {
+            match (piece.left.data, piece.pairs) {
+                (Data::F32(data), _) => {
+                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out)
+                }
+                (Data::BF16(data), Some(pairs)) => {
+                    pairs(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A packed piece of the common dimension, and the left matrix beside it.
+struct Piece<'a> {
+    left: &'a Matrix<'a>,
+    pairs: Option<kernel::PairTileFn>,
+    steps: Range<usize>,
+    /// Packed steps: as many, or half of them in pairs.
+    words: usize,
+    packed: &'a [f32],
+}

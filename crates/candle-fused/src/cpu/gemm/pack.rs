@@ -1,0 +1,203 @@
+//! Packing of the right matrix: blocks small enough to stay in cache are brought into the order in which the inner loops
+//! read them, 16-bit elements widened on the way, or kept in pairs for the bf16 product.
+
+use std::ops::Range;
+
+use super::super::dispatch::Isa;
+use super::matrix::{Data, Matrix};
+
+/// Steps that are widened at a time where columns have to become rows.
+const STEPS: usize = 128;
+/// The greatest width of a panel.
+pub(super) const MAX_WIDTH: usize = 32;
+
+/// Packs `steps` × `columns` of a matrix into panels of `width` columns, for each step side by side, filled up with zero.
+/// `to` has `steps · panels · width` elements.
+pub(super) fn pack(
+    isa: Isa,
+    right: &Matrix,
+    steps: Range<usize>,
+    columns: Range<usize>,
+    width: usize,
+    to: &mut [f32],
+) {
+    let panels = to.chunks_exact_mut(steps.len() * width);
+    for (first, panel) in columns.clone().step_by(width).zip(panels) {
+        let count = width.min(columns.end - first);
+        match right.data {
+            _ if right.column_stride == 1 => {
+                for (k, to) in steps.clone().zip(panel.chunks_exact_mut(width)) {
+                    right.data.widen(right.index(k, first), &mut to[..count]);
+                }
+            }
+            Data::F32(data) if right.row_stride == 1 => {
+                let from = &data[right.index(steps.start, first)..];
+                turn(isa, from, right.column_stride, [count, steps.len()], width, panel);
+            }
+            _ => turn_widened(isa, right, steps.clone(), first..first + count, width, panel),
+        }
+        fill_up(panel, width, count);
+    }
+}
+
+/// Columns become rows by way of a small block of f32.
+fn turn_widened(
+    isa: Isa,
+    right: &Matrix,
+    steps: Range<usize>,
+    columns: Range<usize>,
+    width: usize,
+    panel: &mut [f32],
+) {
+    let mut block = [0f32; MAX_WIDTH * STEPS];
+    for (first, to) in steps.clone().step_by(STEPS).zip(panel.chunks_mut(STEPS * width)) {
+        let count = STEPS.min(steps.end - first);
+        for (j, row) in columns.clone().zip(block.chunks_exact_mut(STEPS)) {
+            if right.row_stride == 1 {
+                right.data.widen(right.index(first, j), &mut row[..count]);
+            } else {
+                for (k, to) in (first..).zip(&mut row[..count]) {
+                    right.data.widen(right.index(k, j), std::slice::from_mut(to));
+                }
+            }
+        }
+        turn(isa, &block, STEPS, [columns.len(), count], width, to);
+    }
+}
+
+/// Packs pairs of steps of a bf16 matrix, the first in the low half of 32 bits, as [`pack`] does single steps; an odd last
+/// step has a zero beside it. `to` has `⌈steps/2⌉ · panels · width` elements.
+pub(super) fn pack_pairs(
+    isa: Isa,
+    right: &Matrix,
+    steps: Range<usize>,
+    columns: Range<usize>,
+    width: usize,
+    to: &mut [f32],
+) {
+    let Data::BF16(data) = right.data else { return };
+    let bits = |k: usize, j: usize| match k < steps.end {
+        true => u32::from(data[right.index(k, j)].to_bits()),
+        false => 0,
+    };
+    let panels = to.chunks_exact_mut(steps.len().div_ceil(2) * width);
+    for (first, panel) in columns.clone().step_by(width).zip(panels) {
+        let count = width.min(columns.end - first);
+        let mut done = 0;
+        if right.row_stride == 1 && cfg!(target_endian = "little") {
+            // Two steps of a column are the 32 bits already.
+            done = steps.len() / 2;
+            let from = &data[right.index(steps.start, first)..];
+            turn(isa, from, right.column_stride, [count, done], width, panel);
+        }
+        for (pair, to) in panel.chunks_exact_mut(width).enumerate().skip(done) {
+            let k = steps.start + 2 * pair;
+            if right.column_stride == 1 && k + 1 < steps.end {
+                let low = &data[right.index(k, first)..][..count];
+                let high = &data[right.index(k + 1, first)..][..count];
+                for ((to, low), high) in to.iter_mut().zip(low).zip(high) {
+                    *to = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
+                }
+            } else {
+                for (j, to) in (first..).zip(&mut to[..count]) {
+                    *to = f32::from_bits(bits(k, j) | bits(k + 1, j) << 16);
+                }
+            }
+        }
+        fill_up(panel, width, count);
+    }
+}
+
+/// Zeroes what a panel has beyond its columns.
+fn fill_up(panel: &mut [f32], width: usize, count: usize) {
+    if count < width {
+        panel.chunks_exact_mut(width).for_each(|to| to[count..].fill(0.0));
+    }
+}
+
+/// `to[k·width + j]` is the `k`-th word of 32 bits of the row that begins at `from[j·stride]`, for `rows` rows of `steps`
+/// words.
+fn turn<T: Copy>(
+    isa: Isa,
+    from: &[T],
+    stride: usize,
+    [rows, steps]: [usize; 2],
+    width: usize,
+    to: &mut [f32],
+) {
+    if rows == 0 || steps == 0 {
+        return;
+    }
+    let (size, stride) = (size_of::<T>(), stride * size_of::<T>());
+    assert!((rows - 1) * stride + 4 * steps <= from.len() * size, "a panel's source ends within its rows");
+    assert!((steps - 1) * width + rows <= to.len() && rows <= width, "a panel is too small");
+    let (from, to) = (from.as_ptr().cast::<u8>(), to.as_mut_ptr());
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx2 {
+        // SAFETY: the ranges above are within both slices, and the processor has AVX2.
+        unsafe { turn_avx2(from, stride, [rows, steps], width, to) };
+        return;
+    }
+    let _ = isa;
+    for j in 0..rows {
+        // SAFETY: as above.
+        unsafe { turn_row(from.add(j * stride), 0..steps, width, to.add(j)) };
+    }
+}
+
+/// # Safety
+/// `from` has words and `to` has `width` floats for each of the steps; any bits are a float.
+unsafe fn turn_row(from: *const u8, steps: Range<usize>, width: usize, to: *mut f32) {
+    for k in steps {
+        // SAFETY: the caller's promise.
+        unsafe { *to.add(k * width) = from.add(4 * k).cast::<f32>().read_unaligned() };
+    }
+}
+
+/// In squares of 8 × 8.
+///
+/// # Safety
+/// Each of the rows has as many words as there are steps, and `to` has room for them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn turn_avx2(from: *const u8, stride: usize, [rows, steps]: [usize; 2], width: usize, to: *mut f32) {
+    use std::arch::x86_64::*;
+    let whole = steps - steps % 8;
+    for j in (0..rows - rows % 8).step_by(8) {
+        for k in (0..whole).step_by(8) {
+            let mut x = [_mm256_setzero_ps(); 8];
+            for (i, x) in x.iter_mut().enumerate() {
+                // SAFETY: eight words of row `j + i` from step `k`.
+                *x = unsafe { _mm256_loadu_ps(from.add((j + i) * stride + 4 * k).cast()) };
+            }
+            let mut y = x;
+            for i in 0..4 {
+                y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+            }
+            for half in 0..2 {
+                for i in 0..2 {
+                    let (low, high) = (y[4 * half + i], y[4 * half + 2 + i]);
+                    x[4 * half + 2 * i] = _mm256_shuffle_ps::<0b01_00_01_00>(low, high);
+                    x[4 * half + 2 * i + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(low, high);
+                }
+            }
+            for i in 0..4 {
+                let (first, second) = (
+                    _mm256_permute2f128_ps::<0x20>(x[i], x[i + 4]),
+                    _mm256_permute2f128_ps::<0x31>(x[i], x[i + 4]),
+                );
+                // SAFETY: eight floats of steps `k + i` and `k + i + 4` from column `j`.
+                unsafe {
+                    _mm256_storeu_ps(to.add((k + i) * width + j), first);
+                    _mm256_storeu_ps(to.add((k + i + 4) * width + j), second);
+                }
+            }
+        }
+    }
+    for j in 0..rows {
+        let first = if j < rows - rows % 8 { whole } else { 0 };
+        // SAFETY: what the squares left over.
+        unsafe { turn_row(from.add(j * stride), first..steps, width, to.add(j)) };
+    }
+}

@@ -1,0 +1,174 @@
+//! Every instruction set that the processor has, against float64: shapes around the tiles' edges, every layout and
+//! dtype, and memory that must not be touched.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "small integers; rounding")]
+
+use super::*;
+
+fn instruction_sets() -> impl Iterator<Item = Isa> {
+    [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].into_iter().filter(|&isa| isa <= dispatch::isa())
+}
+
+/// Small multiples of 1/8: exact in every dtype.
+fn value(i: usize) -> f32 {
+    ((i * 2_654_435_761 >> 7) % 17) as f32 / 8.0 - 1.0
+}
+
+/// Where a matrix lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Lies {
+    Rows,
+    Columns,
+    Apart,
+}
+
+/// A matrix in a storage of its own with a margin of NaN around it and in its gaps.
+struct Stored {
+    f32: Vec<f32>,
+    f16: Vec<f16>,
+    bf16: Vec<bf16>,
+    dims: [usize; 2],
+    strides: [usize; 2],
+}
+
+const MARGIN: usize = 5;
+
+impl Stored {
+    fn new(dims: [usize; 2], lies: Lies, seed: usize) -> Self {
+        let [rows, columns] = dims;
+        let strides = match lies {
+            Lies::Rows => [columns + 3, 1],
+            Lies::Columns => [1, rows + 3],
+            Lies::Apart => [2 * columns + 1, 2],
+        };
+        let size = 2 * MARGIN + rows * strides[0] + columns * strides[1];
+        let mut f32 = vec![f32::NAN; size];
+        for i in 0..rows {
+            for j in 0..columns {
+                f32[MARGIN + i * strides[0] + j * strides[1]] = value(seed + i * columns + j);
+            }
+        }
+        let f16 = f32.iter().map(|&x| f16::from_f32(x)).collect();
+        let bf16 = f32.iter().map(|&x| bf16::from_f32(x)).collect();
+        Self { f32, f16, bf16, dims, strides }
+    }
+
+    fn matrices(&self) -> [Matrix<'_>; 3] {
+        [Data::F32(&self.f32), Data::F16(&self.f16), Data::BF16(&self.bf16)]
+            .map(|data| Matrix::new(data, MARGIN, self.dims, self.strides).unwrap())
+    }
+
+    fn at(&self, i: usize, j: usize) -> f64 {
+        f64::from(self.f32[MARGIN + i * self.strides[0] + j * self.strides[1]])
+    }
+}
+
+fn exact(start: impl Fn(usize, usize) -> f64, terms: &[(&Stored, &Stored)], [m, n]: [usize; 2]) -> Vec<f64> {
+    let element = |i: usize, j: usize| {
+        let dot = |(left, right): &(&Stored, &Stored)| -> f64 {
+            (0..left.dims[1]).map(|k| left.at(i, k) * right.at(k, j)).sum()
+        };
+        start(i, j) + terms.iter().map(dot).sum::<f64>()
+    };
+    (0..m * n).map(|at| element(at / n, at % n)).collect()
+}
+
+/// All sums are exact in f32, and so is their rounding: results are compared bit by bit.
+fn check<T: Store + Into<f64>>(
+    isa: Isa,
+    what: &str,
+    dims: [usize; 2],
+    start: Start,
+    products: &[Product],
+    expected: &[f64],
+    round: impl Fn(f64) -> T,
+) {
+    let guard = round(77.0);
+    let (size, margin) = (dims[0] * dims[1], 64);
+    let mut memory: Vec<MaybeUninit<T>> = vec![MaybeUninit::new(guard); size + margin];
+    write(isa, dims, start, products, &mut memory);
+    // SAFETY: initialised above.
+    let got: Vec<f64> = memory.into_iter().map(|x| unsafe { x.assume_init() }.into()).collect();
+    let expected = expected.iter().map(|&x| round(x).into()).chain(vec![guard.into(); margin]);
+    for (at, (got, expected)) in got.into_iter().zip(expected).enumerate() {
+        assert!(got == expected, "{isa:?} {what} {dims:?}: element {at} is {got}, not {expected}");
+    }
+}
+
+#[test]
+fn sums_are_exact_in_every_shape_layout_and_dtype() {
+    let sizes = [1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 100];
+    for isa in instruction_sets() {
+        for (case, (m, n)) in sizes.iter().flat_map(|&m| sizes.map(|n| (m, n))).enumerate() {
+            let k = [0, 1, 2, 5, 7, 33, 257, 300][case % 8];
+            let lies = [Lies::Rows, Lies::Columns, Lies::Apart];
+            let (left, right) =
+                (Stored::new([m, k], lies[case % 3], 1), Stored::new([k, n], lies[case / 3 % 3], 2));
+            let (more_left, more_right) =
+                (Stored::new([m, 3], lies[case / 2 % 3], 3), Stored::new([3, n], lies[case / 5 % 3], 4));
+            let first: Vec<f32> = (0..m * n).map(value).collect();
+            let (start, at): (Start, Box<dyn Fn(usize, usize) -> f64>) = match case % 3 {
+                0 => (Start::Zero, Box::new(|_, _| 0.0)),
+                1 => (Start::Row(&first[..n]), Box::new(|_, j| f64::from(value(j)))),
+                _ => (Start::Matrix(&first), Box::new(move |i, j| f64::from(value(i * n + j)))),
+            };
+            for (l, left_matrix) in left.matrices().into_iter().enumerate() {
+                for (r, right_matrix) in right.matrices().into_iter().enumerate() {
+                    let what = format!("{l} {r} k {k} case {case}");
+                    let one = Product { left: left_matrix, right: right_matrix };
+                    let two = Product { left: more_left.matrices()[0], right: more_right.matrices()[r] };
+                    let sum = exact(&at, &[(&left, &right), (&more_left, &more_right)], [m, n]);
+                    check(isa, &what, [m, n], start, &[one, two], &sum, |x| x as f32);
+                    let sum = exact(&at, &[(&left, &right)], [m, n]);
+                    check(isa, &what, [m, n], start, &[one], &sum, |x| bf16::from_f32(x as f32));
+                    check(isa, &what, [m, n], start, &[one], &sum, |x| f16::from_f32(x as f32));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn many_tasks_cover_a_large_result() {
+    for isa in instruction_sets() {
+        for (m, n) in [(1100, 40), (40, 1100), (601, 530)] {
+            let (left, right) = (Stored::new([m, 40], Lies::Rows, 1), Stored::new([40, n], Lies::Columns, 2));
+            let sum = exact(|_, _| 0.0, &[(&left, &right)], [m, n]);
+            let product = Product { left: left.matrices()[0], right: right.matrices()[0] };
+            check(isa, "f32", [m, n], Start::Zero, &[product], &sum, |x| x as f32);
+            let product = Product { left: left.matrices()[2], right: right.matrices()[2] };
+            check(isa, "bf16", [m, n], Start::Zero, &[product], &sum, |x| bf16::from_f32(x as f32));
+        }
+    }
+}
+
+#[test]
+fn products_are_added_to_what_is_there() {
+    let (left, right) = (Stored::new([7, 300], Lies::Columns, 1), Stored::new([300, 19], Lies::Rows, 2));
+    let expected = exact(|i, j| f64::from(value(i * 19 + j)), &[(&left, &right)], [7, 19]);
+    let mut to: Vec<f32> = (0..7 * 19).map(value).collect();
+    add_products([7, 19], &[Product { left: left.matrices()[1], right: right.matrices()[2] }], &mut to);
+    assert!(to.iter().map(|&x| f64::from(x)).eq(expected));
+}
+
+#[test]
+fn bf16_rounds_to_the_nearest_even() {
+    let cases = [1.0, 1.003_906_2, 1.003_906_4, 1.011_718_8, 3.4e38, -0.0, 1e-40, f32::INFINITY, f32::NAN];
+    let mut to = [MaybeUninit::new(bf16::ZERO); 9];
+    bf16::store(&cases, &mut to);
+    for (x, got) in cases.iter().zip(to) {
+        // SAFETY: initialised.
+        let (got, expected) = (unsafe { got.assume_init() }, bf16::from_f32(*x));
+        assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan(), "{x}");
+    }
+}
+
+#[test]
+fn a_matrix_ends_within_its_data() {
+    let data = [0f32; 12];
+    assert!(Matrix::new(Data::F32(&data), 0, [3, 4], [4, 1]).is_some());
+    assert!(Matrix::new(Data::F32(&data), 1, [3, 4], [4, 1]).is_none());
+    assert!(Matrix::new(Data::F32(&data), 0, [3, 4], [usize::MAX, 1]).is_none());
+    assert!(Matrix::new(Data::F32(&data), 99, [0, 4], [4, 1]).is_some());
+}
