@@ -132,12 +132,9 @@ fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
     y.reshape(dims)
 }
 
-/// `t` for a matrix product: off the graph, and copied only if neither its rows nor its columns are contiguous.
+/// `t` for a matrix product of Candle's: off the graph, and copied only if neither it nor its transpose is contiguous.
 fn operand(t: &Tensor) -> Result<Tensor> {
-    match t.stride() {
-        [_, 1] | [1, _] => Ok(t.detach()),
-        _ => t.detach().contiguous(),
-    }
+    if t.t()?.is_contiguous() { Ok(t.detach()) } else { t.detach().contiguous() }
 }
 
 /// `D(term) + base + bias` for matrices, rounded once to `dtype`.
