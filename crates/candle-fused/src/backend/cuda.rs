@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId};
-use candle_core::{CudaDevice, Result, Storage as TensorStorage, bail};
+use candle_core::{CudaDevice, Error, Result, Storage as TensorStorage, bail};
 use candlewick_kernels::{KernelFile, Launch, Storage, Target};
 
 use super::gpu::{Argument, Executor};
@@ -47,12 +47,17 @@ impl Cuda {
     /// The executor of a device.
     pub(super) fn of(device: &CudaDevice) -> Result<Self> {
         static DEVICES: LazyLock<RwLock<HashMap<DeviceId, Arc<Kernels>>>> = LazyLock::new(RwLock::default);
-        let known = DEVICES.read().unwrap_or_else(PoisonError::into_inner).get(&device.id()).cloned();
-        let kernels = known.unwrap_or_else(|| {
-            DEVICES.write().unwrap_or_else(PoisonError::into_inner).entry(device.id()).or_default().clone()
-        });
         let stream = device.cuda_stream();
-        stream.context().bind_to_thread().map_err(candle_core::Error::wrap)?;
+        stream.context().bind_to_thread().map_err(Error::wrap)?;
+        let known = DEVICES.read().unwrap_or_else(PoisonError::into_inner).get(&device.id()).cloned();
+        let kernels = match known {
+            Some(kernels) => kernels,
+            None => {
+                keep_freed_memory(&stream)?;
+                let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
+                devices.entry(device.id()).or_default().clone()
+            }
+        };
         Ok(Self { stream, kernels })
     }
 
@@ -93,6 +98,23 @@ impl Cuda {
             }
         }
         Err(rejected(refused))
+    }
+}
+
+/// Lets the device's memory pool keep what is freed. By default it gives everything back whenever somebody waits for the
+/// device, and the next step of a training pays for mapping it again.
+fn keep_freed_memory(stream: &CudaStream) -> Result<()> {
+    let context = stream.context();
+    let pooled = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED;
+    if context.attribute(pooled).map_err(Error::wrap)? == 0 {
+        return Ok(());
+    }
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut everything = u64::MAX;
+    // SAFETY: the device is that of a context; the attribute is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).map_err(Error::wrap)?;
+        result::mem_pool::set_attribute(pool, threshold, (&raw mut everything).cast()).map_err(Error::wrap)
     }
 }
 
@@ -160,6 +182,6 @@ impl Executor for Cuda {
                 &mut parameters,
             )
         }
-        .map_err(candle_core::Error::wrap)
+        .map_err(Error::wrap)
     }
 }
