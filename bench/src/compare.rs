@@ -46,7 +46,8 @@ pub fn run(first: &Path, second: &Path) -> Result<ExitCode> {
     Ok(if typical <= AGREEMENT { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn read(path: &Path) -> Result<Report> {
+/// A report from its file.
+pub fn read(path: &Path) -> Result<Report> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::at(path, e))?;
     serde_json::from_str(&text).map_err(|e| Error::at(path, e))
 }

@@ -59,6 +59,39 @@ pub fn facts(device: DeviceName) -> Facts {
     facts
 }
 
+/// What all processors and one process have worked so far, in seconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    all: f64,
+    own: f64,
+}
+
+impl Work {
+    /// As the kernel counts it; `None` where it does not.
+    pub fn now(process: Option<u32>) -> Option<Self> {
+        // Linux counts in hundredths of a second.
+        let seconds = |field: &str| field.parse::<f64>().ok().map(|ticks| ticks / 100.0);
+        let stat = read_to_string("/proc/stat").ok()?;
+        let fields: Vec<f64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(seconds).collect();
+        // user, nice, system, idle, iowait, irq, softirq, steal: all but the two in which nobody worked.
+        let all = fields.iter().take(8).sum::<f64>() - fields.get(3)? - fields.get(4)?;
+        let own = match process {
+            Some(process) => {
+                let stat = read_to_string(format!("/proc/{process}/stat")).ok()?;
+                let after_name = stat.rsplit_once(')')?.1;
+                after_name.split_whitespace().skip(11).take(2).filter_map(seconds).sum()
+            }
+            None => 0.0,
+        };
+        Some(Self { all, own })
+    }
+
+    /// Processors that others kept busy between two looks, of the wall seconds between them.
+    pub fn others(self, later: Self, wall: f64) -> f64 {
+        ((later.all - self.all) - (later.own - self.own)) / wall
+    }
+}
+
 /// Bytes of the last cache of the first core.
 pub fn cache() -> Option<usize> {
     let size = |index: usize| {

@@ -36,6 +36,14 @@ enum Task {
     Cuda(Options),
     /// How far two runs' ratios are apart
     Compare { first: PathBuf, second: PathBuf },
+    /// Make one report of several, as of the operations' and the training steps'
+    Join {
+        /// Where it goes
+        out: PathBuf,
+        /// The folders of the others
+        #[arg(required = true)]
+        folders: Vec<PathBuf>,
+    },
     /// What timing an MLX that never waits prints, beside the truth
     SeedMethod(SeedMethod),
     /// Serve as an engine
@@ -100,6 +108,9 @@ struct Options {
     /// Fresh processes for each training step and engine [default: 2 for tiny, else 1]
     #[arg(long)]
     training_rounds: Option<usize>,
+    /// Seconds that a training step may be expected to take, by the engine's pace with a smaller model
+    #[arg(long, default_value_t = 60.0)]
+    patience: f64,
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
@@ -116,6 +127,11 @@ impl Cli {
         match &self.command {
             Task::Cpu(options) => options.run(DeviceName::Cpu),
             Task::Cuda(options) => options.run(DeviceName::Cuda),
+            Task::Join { out, folders } => {
+                let reports = folders.iter().map(|folder| compare::read(&folder.join("report.json")));
+                let joined = reports.collect::<Result<Vec<_>>>()?.into_iter().reduce(Report::join);
+                joined.map_or(Ok(ExitCode::FAILURE), |report| write(&report, out))
+            }
             Task::Compare { first, second } => compare::run(first, second),
             Task::SeedMethod(options) => {
                 let device = if options.device == "cuda" { DeviceName::Cuda } else { DeviceName::Cpu };
@@ -233,7 +249,8 @@ impl Options {
             self.train(device, &physics, &mut report)?;
         }
         report.seconds = start.elapsed().as_secs_f64();
-        self.write(&report)
+        let folder = self.out.clone().unwrap_or_else(|| Path::new("target/bench").join(device.name()));
+        write(&report, &folder)
     }
 
     fn engines(&self, device: DeviceName) -> Vec<String> {
@@ -274,19 +291,26 @@ impl Options {
             }
         }
         let wanted = training::all(device);
-        let mut slow = trainings::Slow::new();
+        let mut paces = trainings::Pace::new();
         for training in wanted.iter().filter(|t| self.is_wanted(&t.id()) && (!self.small || t.is_small())) {
             let rounds = self.training_rounds.unwrap_or(training.processes);
             let threads = self.parts.threads;
-            let how =
-                trainings::How { device, threads, rounds, physics, allow_fallback: self.allow_fallback };
-            let done = trainings::run(training, &trainers, &how, &mut slow);
+            let how = trainings::How {
+                device,
+                threads,
+                rounds,
+                patience: self.patience,
+                physics,
+                allow_fallback: self.allow_fallback,
+            };
+            let (done, engines) = trainings::run(training, &trainers, &how, &mut paces);
             for outcome in &done.outcomes {
                 let rate = outcome.tokens_per_second.unwrap_or(f64::NAN);
                 let problem = outcome.problem.as_deref().unwrap_or("");
                 let gib = outcome.peak_bytes.unwrap_or(f64::NAN) / 1_073_741_824.0;
                 println!("{:24} {:16} {rate:10.1} tokens/s {gib:7.2} GiB {problem}", done.id, outcome.label);
             }
+            report.meet(engines);
             report.trainings.push(done);
         }
         Ok(())
@@ -301,30 +325,29 @@ impl Options {
         };
         tempfile::tempdir_in(&place).map_err(|e| Error::at(&place, e))
     }
+}
 
-    /// Writes the table, the data and the charts; fails if a time of ours does not count.
-    fn write(&self, report: &Report) -> Result<ExitCode> {
-        let folder = self.out.clone().unwrap_or_else(|| Path::new("target/bench").join(report.device.name()));
-        let put = |name: &str, text: &str| {
-            let path = folder.join(name);
-            std::fs::write(&path, text).map_err(|e| Error::at(&path, e))
-        };
-        std::fs::create_dir_all(&folder).map_err(|e| Error::at(&folder, e))?;
-        let json = serde_json::to_string_pretty(report).map_err(|e| Error::Engine(e.to_string()))?;
-        put("report.json", &json)?;
-        put("table.md", &report.table())?;
-        for (op, svg) in chart::by_op(report)? {
-            put(&format!("{op}.svg"), &svg)?;
-        }
-        println!("{}", report.table());
-        println!("Everything is in {} ({:.0} s)", folder.display(), report.seconds);
-        let ours = report.problems().into_iter().filter(|(what, _)| what.contains(": ours"));
-        let broken: Vec<String> = ours.map(|(what, problem)| format!("{what}: {problem}")).collect();
-        for line in &broken {
-            eprintln!("not counted: {line}");
-        }
-        Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+/// Writes the table, the data and the charts; fails if a time of ours does not count.
+fn write(report: &Report, folder: &Path) -> Result<ExitCode> {
+    let put = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).map_err(|e| Error::at(&path, e))
+    };
+    std::fs::create_dir_all(folder).map_err(|e| Error::at(folder, e))?;
+    let json = serde_json::to_string_pretty(report).map_err(|e| Error::Engine(e.to_string()))?;
+    put("report.json", &json)?;
+    put("table.md", &report.table())?;
+    for (op, svg) in chart::by_op(report)? {
+        put(&format!("{op}.svg"), &svg)?;
     }
+    println!("{}", report.table());
+    println!("Everything is in {} ({:.0} s)", folder.display(), report.seconds);
+    let ours = report.problems().into_iter().filter(|(what, _)| what.contains(": ours"));
+    let broken: Vec<String> = ours.map(|(what, problem)| format!("{what}: {problem}")).collect();
+    for line in &broken {
+        eprintln!("not counted: {line}");
+    }
+    Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Engines that train, with their variants, ours first.

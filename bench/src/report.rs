@@ -184,10 +184,32 @@ pub struct TrainingOutcome {
     pub driver_bytes: Option<f64>,
     /// The first and the last loss.
     pub losses: Option<(f64, f64)>,
+    /// Processors that other programs kept busy meanwhile, at most.
+    pub others: Option<f64>,
     pub problem: Option<String>,
 }
 
 impl Report {
+    /// Both, with the machine's facts of the first.
+    pub fn join(mut self, other: Self) -> Self {
+        self.command = format!("{}`, `{}", self.command, other.command);
+        self.seconds += other.seconds;
+        self.meet(other.engines);
+        self.missing.extend(other.missing);
+        self.cases.extend(other.cases);
+        self.trainings.extend(other.trainings);
+        self
+    }
+
+    /// Remembers engines that are new.
+    pub fn meet(&mut self, engines: Vec<Hello>) {
+        for hello in engines {
+            if !self.engines.iter().any(|own| own.engine == hello.engine) {
+                self.engines.push(hello);
+            }
+        }
+    }
+
     /// The labels of all engines, ours first, in the order they ran.
     pub fn labels(&self) -> Vec<String> {
         let mut labels: Vec<String> = Vec::new();
@@ -357,7 +379,7 @@ impl Report {
         writeln!(text, "## LoRA training steps\n\nForward, backward, clip and AdamW on random weights.\n")?;
         writeln!(
             text,
-            "| step | engine | tokens/s | ours over theirs | peak GiB | loss |\n|---|---|---|---|---|---|"
+            "| step | engine | tokens/s | ours over theirs | peak GiB | loss | others' load |\n|---|---|---|---|---|---|---|"
         )?;
         for training in &self.trainings {
             for outcome in &training.outcomes {
@@ -373,9 +395,10 @@ impl Report {
                     number(outcome.tokens_per_second, 1)
                 };
                 let ratio = number(outcome.ratio, 2);
+                let others = number(outcome.others, 2);
                 writeln!(
                     text,
-                    "| {} | {} | {rate} | {ratio} | {memory} | {losses} |",
+                    "| {} | {} | {rate} | {ratio} | {memory} | {losses} | {others} |",
                     training.id, outcome.label
                 )?;
             }

@@ -93,9 +93,14 @@ impl Session {
         Error::Engine(format!("{}: expected {expected}, got {got:?}", self.hello.engine))
     }
 
+    /// The engine's process, where it has one.
+    pub fn process(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// The most memory that the process ever had resident, where the system tells.
     pub fn peak_resident_bytes(&self) -> Option<f64> {
-        let status = Path::new("/proc").join(self.child.as_ref()?.id().to_string()).join("status");
+        let status = Path::new("/proc").join(self.process()?.to_string()).join("status");
         let status = std::fs::read_to_string(status).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? * 1024.0)

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::case::{DeviceName, Dtype};
 use crate::judge::Physics;
+use crate::machine::Work;
 use crate::ops::as_f64;
-use crate::protocol::{Reply, Request, Trained};
+use crate::protocol::{Hello, Reply, Request, Trained};
 use crate::report::{TrainingOutcome, TrainingReport};
 use crate::session::{Session, Start};
 use crate::statistics::median;
@@ -25,39 +26,54 @@ struct Run {
     peak_bytes: Option<f64>,
     trained: Trained,
     problem: Option<String>,
+    /// Processors that other programs kept busy meanwhile.
+    others: f64,
+    hello: Hello,
 }
+
+/// More processors than this that are busy with something else disturb a measurement: two threads that wait for each
+/// other lose far more than the share that is taken.
+const DISTURBANCE: f64 = 0.1;
 
 /// How steps are measured.
 pub struct How<'a> {
     pub device: DeviceName,
     pub threads: usize,
     pub rounds: usize,
+    /// Seconds that a step may be expected to take.
+    pub patience: f64,
     pub physics: &'a Physics,
     pub allow_fallback: bool,
 }
 
-/// Engines, by label and dtype, of which a single step took longer than the limit for all, and which step. They are not
-/// asked for larger models: a processor without 16-bit arithmetic takes minutes for each.
-pub type Slow = BTreeMap<(String, &'static str), String>;
+/// The latest step of each engine, by label and dtype: seconds for each product of a frozen number, and which step it
+/// was. It tells how long a larger model would take: minutes a step, where a processor has no 16-bit arithmetic.
+pub type Pace = BTreeMap<(String, &'static str), (f64, String)>;
 
-/// Measures one training step with every trainer, ours first.
-pub fn run(training: &Training, trainers: &[Trainer], how: &How<'_>, slow: &mut Slow) -> TrainingReport {
+/// Measures one training step with every trainer, ours first; and who they are.
+pub fn run(
+    training: &Training,
+    trainers: &[Trainer],
+    how: &How<'_>,
+    paces: &mut Pace,
+) -> (TrainingReport, Vec<Hello>) {
     let dtype = training.dtype.name();
+    let work = training.projected() * as_f64(training.batch * training.tokens);
     let mut runs: Vec<Vec<Result<Run>>> = trainers.iter().map(|_| Vec::new()).collect();
     for _ in 0..how.rounds {
         for (trainer, runs) in trainers.iter().zip(&mut runs) {
-            if let Some(before) = slow.get(&(trainer.label.clone(), dtype)) {
-                if runs.is_empty() {
-                    runs.push(Err(Error::Engine(format!("not asked: {before}"))));
-                }
+            let key = (trainer.label.clone(), dtype);
+            if runs.is_empty()
+                && let Some((pace, before)) = paces.get(&key)
+                && pace * work > how.patience
+            {
+                let reason = format!("not asked: after {before}, a step would take {:.0} s", pace * work);
+                runs.push(Err(Error::Engine(reason)));
             } else if runs.iter().all(Result::is_ok) {
-                let run = once(training, trainer, how);
-                if let Ok(run) = &run
-                    && let seconds = median(&run.trained.step_seconds)
-                    && seconds > training.limit_seconds
-                {
-                    let key = (trainer.label.clone(), dtype);
-                    slow.insert(key, format!("{} took {seconds:.0} s a step", training.id()));
+                let run = undisturbed(training, trainer, how);
+                if let Ok(run) = &run {
+                    let pace = median(&run.trained.step_seconds) / work;
+                    paces.insert(key, (pace, training.id()));
                 }
                 runs.push(run);
             }
@@ -70,7 +86,8 @@ pub fn run(training: &Training, trainers: &[Trainer], how: &How<'_>, slow: &mut 
         let ratios: Vec<f64> = ours.iter().zip(&outcome.rounds).map(|(ours, theirs)| ours / theirs).collect();
         outcome.ratio = (!ratios.is_empty()).then(|| median(&ratios));
     }
-    TrainingReport { id: training.id(), training: training.clone(), outcomes }
+    let engines = runs.iter().filter_map(|runs| Some(runs.first()?.as_ref().ok()?.hello.clone())).collect();
+    (TrainingReport { id: training.id(), training: training.clone(), outcomes }, engines)
 }
 
 fn outcome(label: &str, runs: &[Result<Run>]) -> TrainingOutcome {
@@ -92,14 +109,37 @@ fn outcome(label: &str, runs: &[Result<Run>]) -> TrainingOutcome {
         peak_bytes: most(|run| run.peak_bytes),
         driver_bytes: most(|run| run.trained.driver_device_bytes),
         losses: good.last().and_then(|run| Some((*run.trained.losses.first()?, *run.trained.losses.last()?))),
+        others: good.iter().map(|run| run.others).reduce(f64::max),
         problem,
     }
+}
+
+/// A measurement that other programs did not disturb, or the least disturbed of three.
+fn undisturbed(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<Run> {
+    let mut best = once(training, trainer, how)?;
+    for _ in 0..2 {
+        if how.device == DeviceName::Cpu && best.others > DISTURBANCE && best.problem.is_none() {
+            eprintln!(
+                "{} {}: other programs kept {:.2} processors busy",
+                training.id(),
+                trainer.label,
+                best.others
+            );
+            let again = once(training, trainer, how)?;
+            if again.others < best.others {
+                best = again;
+            }
+        }
+    }
+    Ok(best)
 }
 
 fn once(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<Run> {
     let mut session = Session::start(&trainer.start, how.device, how.threads)?;
     let request = Request::Train { training: training.clone(), variant: trainer.variant.clone() };
+    let before = Work::now(session.process());
     let (reply, wall) = session.ask(&request)?;
+    let after = Work::now(session.process());
     let Reply::Trained(trained) = reply else {
         return Err(session.unexpected("training", &reply));
     };
@@ -108,8 +148,9 @@ fn once(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<Run> {
         DeviceName::Cuda => trained.peak_device_bytes,
     };
     let problem = judge(training, &trained, wall.as_secs_f64(), how);
+    let others = before.zip(after).map_or(0.0, |(before, after)| before.others(after, wall.as_secs_f64()));
     let tokens_per_second = as_f64(training.batch * training.tokens) / median(&trained.step_seconds);
-    Ok(Run { tokens_per_second, peak_bytes, trained, problem })
+    Ok(Run { tokens_per_second, peak_bytes, trained, problem, others, hello: session.hello.clone() })
 }
 
 /// What speaks against these steps: too few, more time than passed, less than the products of the frozen weights take,
