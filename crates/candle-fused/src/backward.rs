@@ -5,7 +5,7 @@
 //! by [`view`](crate::view)), a first gradient is taken as it is. The order of operations is Candle's own.
 
 use std::collections::HashMap;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
@@ -48,10 +48,9 @@ impl Gradients {
 pub fn backward(loss: &Tensor, weight: f64) -> Result<Gradients> {
     let tensors = loss.sorted_nodes();
     let steps: Option<Vec<_>> =
-        tensors.iter().filter(|tensor| !tensor.is_variable()).map(|tensor| step(tensor)).collect();
+        tensors.into_iter().filter(|tensor| !tensor.is_variable()).map(step).collect();
     let Some(steps) = steps else {
-        let gradients =
-            if weight < 1.0 || weight > 1.0 { (loss * weight)?.backward()? } else { loss.backward()? };
+        let gradients = (loss * weight)?.backward()?;
         return Ok(Gradients(Store::Candle(gradients)));
     };
     let mut gradients = HashMap::new();
@@ -82,12 +81,12 @@ pub fn backward(loss: &Tensor, weight: f64) -> Result<Gradients> {
 }
 
 enum Step {
-    Op(std::sync::Arc<dyn Node>),
+    Op(Arc<dyn Node>),
     View(View),
 }
 
 /// A tensor of this crate's, with what makes its gradient those of others.
-fn step<'a>(tensor: &&'a Tensor) -> Option<(&'a Tensor, Step)> {
+fn step(tensor: &Tensor) -> Option<(&Tensor, Step)> {
     let step = match graph::entry(tensor.id())? {
         Entry::Op(node) => Step::Op(Weak::upgrade(&node)?),
         Entry::View(view, _) => Step::View(view),

@@ -33,7 +33,7 @@ pub(crate) fn record1(x: &Tensor, output: Tensor, backward: impl Backward<1>) ->
         return Ok(output);
     }
     let recorded = Recorded::new([x], &output, backward)?;
-    recorded.registered(x.apply_op1(Handle(recorded.clone()))?)
+    Ok(recorded.registered(x.apply_op1(Handle(recorded.clone()))?))
 }
 
 /// As [`record1`], for two differentiable arguments.
@@ -42,7 +42,7 @@ pub(crate) fn record2(x: &Tensor, y: &Tensor, output: Tensor, backward: impl Bac
         return Ok(output);
     }
     let recorded = Recorded::new([x, y], &output, backward)?;
-    recorded.registered(x.apply_op2(y, Handle(recorded.clone()))?)
+    Ok(recorded.registered(x.apply_op2(y, Handle(recorded.clone()))?))
 }
 
 /// As [`record1`], for three differentiable arguments.
@@ -57,7 +57,7 @@ pub(crate) fn record3(
         return Ok(output);
     }
     let recorded = Recorded::new([x, y, z], &output, backward)?;
-    recorded.registered(x.apply_op3(y, z, Handle(recorded.clone()))?)
+    Ok(recorded.registered(x.apply_op3(y, z, Handle(recorded.clone()))?))
 }
 
 /// A tracked argument's gradient; an untracked one's is not computed.
@@ -90,11 +90,11 @@ impl<B: Backward<N>, const N: usize> Recorded<B, N> {
     }
 
     /// Makes the recorded tensor known to [`node`].
-    fn registered(self: &Arc<Self>, tensor: Tensor) -> Result<Tensor> {
+    fn registered(self: &Arc<Self>, tensor: Tensor) -> Tensor {
         let node: Arc<dyn Node> = self.clone();
         self.keep(tensor.id());
         lock(&ENTRIES).insert(tensor.id(), Entry::Op(Arc::downgrade(&node)));
-        Ok(tensor)
+        tensor
     }
 }
 

@@ -16,6 +16,8 @@
 //! | [`frozen_linear`] | a linear layer whose weight never gets a gradient |
 //! | [`lora_delta`], [`lora_linear`] | LoRA's low-rank product, alone or with its frozen base |
 //!
+//! [`adam`] is an optimizer's step in one pass, and [`backward`](backward()) a quicker `Tensor::backward`.
+//!
 //! Storage is f32, f16 or bf16; accumulation is f32. Where a device has no fused kernel for an operation, the plain
 //! Candle composition runs in its place: [`telemetry`] counts that and traces it once, [`fused_ops`] says it beforehand.
 //! A gradient is computed exactly for those arguments that are tracked.
@@ -52,6 +54,7 @@ pub mod view;
 pub use backend::{DeviceKind, fused_ops};
 pub use backward::{Gradients, backward};
 pub use error::{DeviceError, TrainingError};
+pub use ops::adam::{AdamStep, adam};
 pub use ops::add::add;
 pub use ops::attention::attention;
 pub use ops::cross_entropy::cross_entropy;

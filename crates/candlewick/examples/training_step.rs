@@ -70,6 +70,8 @@ fn main() -> Result<()> {
         ),
         _ => return Err(usage()),
     };
+    // As `wick` does: this thread works too.
+    let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
     let steps = match rest {
         [] => steps,
         [steps] => steps.parse().map_err(|_| usage())?,

@@ -325,7 +325,9 @@ impl Kernel for Forward<'_> {
             let left = if input.is_some() { dropped } else { x.wide() };
             let dims = [left.rows, a.rows];
             let mut h = sum_of_products::<f32>(dims, Start::Zero, &[Product { left, right: a.t() }]);
-            h.iter_mut().for_each(|h| *h *= call.scaling);
+            for h in &mut h {
+                *h *= call.scaling;
+            }
             let right = weight_matrix.t();
             let base = weight.map(|_| Product { left: x.beside(&right), right });
             let low = Product { left: Matrix::of_rows(&h, dims)?, right: b.t() };
@@ -413,7 +415,9 @@ impl Kernel for Gradients<'_> {
                 return Ok(gradients);
             }
             let mut e = sum_of_products::<f32>(dims, Start::Zero, &[Product { left: grad.wide(), right: b }]);
-            e.iter_mut().for_each(|e| *e *= call.scaling);
+            for e in &mut e {
+                *e *= call.scaling;
+            }
             let e = Matrix::of_rows(&e, dims)?;
             if wanted.a {
                 // The few columns of e are the packed side; what they give is turned.

@@ -3,6 +3,7 @@
 //! A module reads from top to bottom: the mathematics and what the backward saves or recomputes; the public function
 //! with its checks; `reference`, the same in plain differentiable Candle operations; the private kernels and backward.
 
+pub mod adam;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;

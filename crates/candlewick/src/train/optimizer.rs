@@ -9,8 +9,7 @@
 //! θ ← θ − η/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
 //! ```
 //!
-//! Kingma & Ba, "Adam" (2015); Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019); the order of
-//! operations is that of `torch.optim.AdamW`. As in Hugging Face's `Trainer`, decay leaves out biases and norm
+//! The order of operations is that of `torch.optim.AdamW`; [`candle_fused::adam`] has the sources. As in Hugging Face's `Trainer`, decay leaves out biases and norm
 //! weights: it applies to tensors of two or more dimensions.
 //!
 //! All arithmetic and state is f32. A parameter of a 16-bit type has an f32 master copy among the state, since
@@ -21,6 +20,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
+use candle_fused::AdamStep;
 
 use super::{Gradients, Parameter};
 use crate::{Error, Result};
@@ -135,18 +135,15 @@ impl Optimizer {
         {
             let Some(gradient) = gradient else { continue };
             let decay = if parameter.var.rank() >= 2 { weight_decay } else { 0.0 };
-            let mut value = moments.master.clone().unwrap_or_else(|| parameter.var.as_detached_tensor());
-            let mut gradient = gradient.clone();
-            if decay != 0.0 {
-                match kind {
-                    OptimizerKind::Adam => gradient = (gradient + (&value * decay)?)?,
-                    OptimizerKind::AdamW => value = (value * (1.0 - learning_rate * decay))?,
-                }
-            }
-            moments.first = (&moments.first + ((&gradient - &moments.first)? * (1.0 - beta1))?)?;
-            moments.second = ((&moments.second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let denominator = moments.second.sqrt()?.affine(1.0 / root, eps)?;
-            value = (value - (&moments.first / denominator)?.affine(rate, 0.0)?)?;
+            let (shrink, l2) = match kind {
+                OptimizerKind::Adam => (1.0, decay),
+                OptimizerKind::AdamW => (1.0 - learning_rate * decay, 0.0),
+            };
+            let step = AdamStep { beta1, beta2, eps, rate, root, shrink, l2 };
+            let value = moments.master.clone().unwrap_or_else(|| parameter.var.as_detached_tensor());
+            let [value, first, second] =
+                candle_fused::adam(&value, &moments.first, &moments.second, gradient, step)?;
+            (moments.first, moments.second) = (first, second);
             parameter.var.set(&value.to_dtype(parameter.var.dtype())?)?;
             if let Some(master) = &mut moments.master {
                 *master = value;

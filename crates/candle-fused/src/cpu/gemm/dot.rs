@@ -35,6 +35,7 @@ fn add_avx2(left: &[f32], rows: usize, right: &Matrix, j: usize, sums: &mut [f32
 }
 
 #[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
 fn add_to<const FUSED: bool>(left: &[f32], rows: usize, right: &Matrix, j: usize, sums: &mut [f32; ROWS]) {
     let k = right.rows;
     if k == 0 {
@@ -58,6 +59,7 @@ fn add_to<const FUSED: bool>(left: &[f32], rows: usize, right: &Matrix, j: usize
 }
 
 #[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
 fn dot<const FUSED: bool>(x: &[f32], y: &[f32]) -> f32 {
     let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
     let multiply_add = |x: f32, y: f32, sum: f32| if FUSED { x.mul_add(y, sum) } else { x * y + sum };

@@ -201,7 +201,10 @@ fn write<T: Store>(
         unsafe { sum.task(rows, columns, &out, scratch) };
     };
     if threads == 1 {
-        tasks.into_iter().for_each(|task| run(&mut Scratch::default(), task));
+        let mut scratch = Scratch::default();
+        for task in tasks {
+            run(&mut scratch, task);
+        }
     } else {
         tasks.into_par_iter().for_each_init(Scratch::default, run);
     }
@@ -529,7 +532,7 @@ impl Sum<'_> {
         unsafe {
             match (piece.left.data, piece.pairs) {
                 (Data::F32(data), _) => {
-                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out)
+                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out);
                 }
                 (Data::BF16(data), Some(pairs)) => {
                     pairs(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);

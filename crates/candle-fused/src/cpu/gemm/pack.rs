@@ -25,6 +25,10 @@ pub(super) fn pack(
     for (first, panel) in columns.clone().step_by(width).zip(panels) {
         let count = width.min(columns.end - first);
         match right.data {
+            _ if right.column_stride == 1 && count == width => {
+                let start = right.index(steps.start, first);
+                copy_steps(isa, right.data, start, right.row_stride, width, panel);
+            }
             _ if right.column_stride == 1 => {
                 for (k, to) in steps.clone().zip(panel.chunks_exact_mut(width)) {
                     right.data.widen(right.index(k, first), &mut to[..count]);
@@ -37,6 +41,47 @@ pub(super) fn pack(
             _ => turn_widened(isa, right, steps.clone(), first..first + count, width, panel),
         }
         fill_up(panel, width, count);
+    }
+}
+
+/// Copies steps of `width` columns, which lie `stride` apart, beginning at `start`.
+fn copy_steps(isa: Isa, data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx2 {
+        // SAFETY: the processor has AVX2.
+        unsafe { copy_steps_avx2(data, start, stride, width, panel) };
+        return;
+    }
+    let _ = isa;
+    copy_pieces(data, start, stride, width, panel);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn copy_steps_avx2(data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
+    copy_pieces(data, start, stride, width, panel);
+}
+
+/// In pieces of 16, which every panel's width is a multiple of.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
+fn copy_pieces(data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
+    for (k, to) in panel.chunks_exact_mut(width).enumerate() {
+        let range = start + k * stride..start + k * stride + width;
+        let to = to.as_chunks_mut::<16>().0.iter_mut();
+        match data {
+            Data::F32(data) => to.zip(data[range].as_chunks::<16>().0).for_each(|(to, from)| *to = *from),
+            Data::BF16(data) => {
+                for (to, from) in to.zip(data[range].as_chunks::<16>().0) {
+                    *to = from.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16));
+                }
+            }
+            Data::F16(_) => {
+                for (i, to) in to.enumerate() {
+                    data.widen(range.start + 16 * i, to);
+                }
+            }
+        }
     }
 }
 
@@ -76,10 +121,8 @@ pub(super) fn pack_pairs(
     to: &mut [f32],
 ) {
     let Data::BF16(data) = right.data else { return };
-    let bits = |k: usize, j: usize| match k < steps.end {
-        true => u32::from(data[right.index(k, j)].to_bits()),
-        false => 0,
-    };
+    let bits =
+        |k: usize, j: usize| if k < steps.end { u32::from(data[right.index(k, j)].to_bits()) } else { 0 };
     let panels = to.chunks_exact_mut(steps.len().div_ceil(2) * width);
     for (first, panel) in columns.clone().step_by(width).zip(panels) {
         let count = width.min(columns.end - first);
@@ -161,7 +204,10 @@ unsafe fn turn_row(from: *const u8, steps: Range<usize>, width: usize, to: *mut 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn turn_avx2(from: *const u8, stride: usize, [rows, steps]: [usize; 2], width: usize, to: *mut f32) {
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    };
     let whole = steps - steps % 8;
     for j in (0..rows - rows % 8).step_by(8) {
         for k in (0..whole).step_by(8) {

@@ -2,6 +2,7 @@
 //! dtype, and memory that must not be touched.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::float_cmp, reason = "exact sums")]
 #![expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "small integers; rounding")]
 
 use super::*;
@@ -12,7 +13,7 @@ fn instruction_sets() -> impl Iterator<Item = Isa> {
 
 /// Small multiples of 1/8: exact in every dtype.
 fn value(i: usize) -> f32 {
-    ((i * 2_654_435_761 >> 7) % 17) as f32 / 8.0 - 1.0
+    (((i * 2_654_435_761) >> 7) % 17) as f32 / 8.0 - 1.0
 }
 
 /// Where a matrix lies.
@@ -171,4 +172,98 @@ fn a_matrix_ends_within_its_data() {
     assert!(Matrix::new(Data::F32(&data), 1, [3, 4], [4, 1]).is_none());
     assert!(Matrix::new(Data::F32(&data), 0, [3, 4], [usize::MAX, 1]).is_none());
     assert!(Matrix::new(Data::F32(&data), 99, [0, 4], [4, 1]).is_some());
+}
+
+/// Memory that ends where a page begins that nobody may touch: a read or write beyond the last element ends the process.
+#[cfg(unix)]
+mod guarded {
+    use std::{ptr, slice};
+
+    pub(super) struct Guarded<T> {
+        pages: *mut libc::c_void,
+        size: usize,
+        first: *mut T,
+        len: usize,
+    }
+
+    impl<T: Copy> Guarded<T> {
+        pub(super) fn new(values: &[T]) -> Self {
+            const PAGE: usize = 1 << 16;
+            let bytes = size_of_val(values);
+            let usable = bytes.next_multiple_of(PAGE);
+            let size = usable + PAGE;
+            // SAFETY: a fresh private mapping, whose last page is then closed; the values fit before it.
+            unsafe {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let pages =
+                    libc::mmap(ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+                assert!(pages != libc::MAP_FAILED);
+                assert_eq!(libc::mprotect(pages.byte_add(usable), PAGE, libc::PROT_NONE), 0);
+                let first = pages.byte_add(usable - bytes).cast::<T>();
+                ptr::copy_nonoverlapping(values.as_ptr(), first, values.len());
+                Self { pages, size, first, len: values.len() }
+            }
+        }
+
+        pub(super) fn get(&self) -> &[T] {
+            // SAFETY: initialised by `new`.
+            unsafe { slice::from_raw_parts(self.first, self.len) }
+        }
+
+        pub(super) fn get_mut(&mut self) -> &mut [T] {
+            // SAFETY: initialised by `new`, and borrowed by nobody else.
+            unsafe { slice::from_raw_parts_mut(self.first, self.len) }
+        }
+    }
+
+    impl<T> Drop for Guarded<T> {
+        fn drop(&mut self) {
+            // SAFETY: the mapping of `new`.
+            unsafe { libc::munmap(self.pages, self.size) };
+        }
+    }
+}
+
+/// Nothing is read or written beyond a matrix's last element.
+#[cfg(unix)]
+#[test]
+fn the_loops_stay_within_their_matrices() {
+    use guarded::Guarded;
+    let sizes =
+        [(1, 1, 1), (2, 3, 5), (5, 7, 9), (6, 8, 16), (7, 9, 17), (13, 257, 33), (12, 33, 32), (25, 64, 48)];
+    let lying = [Lies::Rows, Lies::Columns, Lies::Apart];
+    for isa in instruction_sets() {
+        for (case, &(m, k, n)) in sizes.iter().enumerate() {
+            for (left_lies, right_lies) in lying.iter().flat_map(|&a| lying.map(|b| (a, b))) {
+                let (left, right) = (Stored::new([m, k], left_lies, 1), Stored::new([k, n], right_lies, 2));
+                let cut = |stored: &Stored| {
+                    let [rows, columns] = stored.dims;
+                    let last = (rows - 1) * stored.strides[0] + (columns - 1) * stored.strides[1];
+                    MARGIN..MARGIN + last + 1
+                };
+                let wide = [&left, &right].map(|stored| Guarded::new(&stored.f32[cut(stored)]));
+                let narrow = [&left, &right].map(|stored| Guarded::new(&stored.bf16[cut(stored)]));
+                let matrix =
+                    |data, stored: &Stored| Matrix::new(data, 0, stored.dims, stored.strides).unwrap();
+                let products = [
+                    Product {
+                        left: matrix(Data::F32(wide[0].get()), &left),
+                        right: matrix(Data::F32(wide[1].get()), &right),
+                    },
+                    Product {
+                        left: matrix(Data::BF16(narrow[0].get()), &left),
+                        right: matrix(Data::BF16(narrow[1].get()), &right),
+                    },
+                ];
+                let expected = exact(|_, _| 0.0, &[(&left, &right), (&left, &right)], [m, n]);
+                let mut to = Guarded::new(&vec![MaybeUninit::new(0f32); m * n]);
+                write(isa, [m, n], Start::Zero, &products, to.get_mut());
+                // SAFETY: initialised.
+                let got = to.get().iter().map(|x| f64::from(unsafe { x.assume_init() }));
+                assert!(got.eq(expected.iter().copied()), "{isa:?} {case} {left_lies:?} {right_lies:?}");
+                let mut to = Guarded::new(&vec![MaybeUninit::new(bf16::ZERO); m * n]);
+                write(isa, [m, n], Start::Zero, &products, to.get_mut());
+            }
+        }
+    }
 }

@@ -49,8 +49,16 @@ enum Command {
     Doctor,
 }
 
+/// Makes this thread one of rayon's: it does its part of the work it hands out, instead of sleeping until others have
+/// done it. A training step has hundreds of parallel operations, many of them shorter than waking a thread takes.
+fn work_on_this_thread() {
+    // A pool that is there already serves as well.
+    let _ = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
+}
+
 fn main() -> ExitCode {
     allocator::keep_pages();
+    work_on_this_thread();
     let filter = EnvFilter::try_from_env("WICK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
