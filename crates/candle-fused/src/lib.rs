@@ -44,6 +44,8 @@ mod philox;
 pub mod telemetry;
 mod tensor_ops;
 
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+pub use backend::MetalKernelCompiler;
 pub use backend::{DeviceKind, fused_ops};
 pub use error::{DeviceError, TrainingError};
 pub use ops::cross_entropy::cross_entropy;

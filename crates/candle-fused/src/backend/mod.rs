@@ -6,10 +6,17 @@
 
 pub(crate) mod cpu;
 pub(crate) mod gpu;
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+mod metal;
+#[cfg(any(test, all(target_os = "macos", feature = "custom-metal")))]
+mod pipelines;
 #[cfg(test)]
 mod simulated;
 
 use candle_core::{Device, Error, Result, Tensor};
+
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+pub use metal::MetalKernelCompiler;
 
 use crate::DeviceError;
 use crate::telemetry::{self, Path};
@@ -45,6 +52,20 @@ impl DeviceKind {
             Self::Metal => "metal",
         }
     }
+
+    /// Whether this build and this machine have such a device.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Cpu => true,
+            Self::Cuda => candle_core::utils::cuda_is_available(),
+            // Candle asks the build alone, and panics where a Mac has no GPU.
+            #[cfg(target_os = "macos")]
+            Self::Metal => !candle_metal_kernels::metal::Device::all().is_empty(),
+            #[cfg(not(target_os = "macos"))]
+            Self::Metal => false,
+        }
+    }
 }
 
 impl std::fmt::Display for DeviceKind {
@@ -71,7 +92,8 @@ const OPS: [(&str, bool); 10] = [
 const fn has_kernels(kind: DeviceKind) -> bool {
     match kind {
         DeviceKind::Cpu => true,
-        DeviceKind::Cuda | DeviceKind::Metal => false,
+        DeviceKind::Cuda => false,
+        DeviceKind::Metal => cfg!(all(target_os = "macos", feature = "custom-metal")),
     }
 }
 
@@ -159,7 +181,7 @@ pub(crate) fn dispatch(
         }
         Err(Failure::Tensor(error)) => Err(error),
         Err(Failure::Device(error)) => {
-            tracing::warn!(op, device = %kind, %error, "a kernel does not run");
+            telemetry::warn_once(op, kind, &error);
             fall_back("the device rejects the kernel")
         }
     }
