@@ -6,9 +6,11 @@ use thiserror::Error;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// The kernels' text does not compile.
-    #[error("compiling the kernels failed: {log}")]
+    /// A kernel's text does not compile.
+    #[error("compiling the kernel {name:?} failed: {log}")]
     Compilation {
+        /// The kernel's name.
+        name: String,
         /// What the device's compiler said.
         log: String,
     },

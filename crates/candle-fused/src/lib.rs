@@ -51,6 +51,8 @@ pub mod telemetry;
 mod tensor_ops;
 pub mod view;
 
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+pub use backend::MetalKernelCompiler;
 pub use backend::{DeviceKind, fused_ops};
 pub use backward::{Gradients, backward};
 pub use error::{DeviceError, TrainingError};

@@ -10,11 +10,12 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::DType;
 
+use crate::DeviceError;
 use crate::backend::DeviceKind;
 
 /// The path an operation took.
@@ -79,4 +80,13 @@ pub(crate) fn count(op: &'static str, device: DeviceKind, dtype: DType, path: Pa
         (dtype, 0)
     });
     entry.1 += 1;
+}
+
+/// Traces why a kernel does not run: once for each operation and reason, however often it is called.
+pub(crate) fn warn_once(op: &'static str, device: DeviceKind, error: &DeviceError) {
+    static TRACED: Mutex<BTreeSet<(&'static str, DeviceKind, String)>> = Mutex::new(BTreeSet::new());
+    let mut traced = TRACED.lock().unwrap_or_else(PoisonError::into_inner);
+    if traced.insert((op, device, error.to_string())) {
+        tracing::warn!(op, %device, %error, "a kernel does not run");
+    }
 }

@@ -135,6 +135,21 @@ fn cross_entropy_counts_only_what_counts() {
     }
 }
 
+/// The processor names the row; a GPU is not waited for.
+#[test]
+fn a_target_out_of_range_is_an_error_or_makes_the_loss_nan() {
+    for device in devices() {
+        let x = tensor(&[2, 8], 1, &device);
+        for target in [8, -1] {
+            let targets = Tensor::new(&[0i64, target], &device).unwrap();
+            match cross_entropy(&x, &targets, Some(-100)) {
+                Err(_) => assert!(device.is_cpu()),
+                Ok(loss) => assert!(!device.is_cpu() && loss.to_scalar::<f32>().unwrap().is_nan()),
+            }
+        }
+    }
+}
+
 #[test]
 fn cross_entropy_takes_u32_targets_and_keeps_the_mean_of_large_logits() {
     for device in devices() {

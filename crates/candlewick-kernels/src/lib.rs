@@ -7,7 +7,7 @@
 mod column_sum;
 pub mod cross_entropy;
 mod flat;
-pub mod gelu_mul;
+pub mod gated;
 pub mod launch;
 pub mod layer_norm;
 pub mod lora;
@@ -16,11 +16,10 @@ mod params;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
-pub mod silu_mul;
 pub mod softmax;
 pub mod source;
 
 pub use launch::{Buffer, Element, KernelFile, Launch, Plan, PlanError, Role, Storage, Target};
-pub use ops::{Op, ops};
+pub use ops::{Op, launch_named, ops};
 pub use params::Tuning;
 pub use source::assemble;

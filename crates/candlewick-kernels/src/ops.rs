@@ -1,8 +1,19 @@
 //! Every op of the crate, with sample plans: what the checks on the text run over, and what `wick kernels` prints.
 
+use crate::gated::{Gate, GatedGradients, GatedMul};
 use crate::launch::{Element, Launch, Plan, PlanError, Storage, Target};
 use crate::params::Tuning;
-use crate::{cross_entropy, gelu_mul, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
+use crate::{cross_entropy, layer_norm, lora, rms_norm, rope, softmax};
+
+/// What an entry point's name alone stands for: the first launch of it among the sample plans of all ops.
+///
+/// Texts are specialised by `#define`s, so that a name has many; this is the one of an ordinary call (aligned buffers,
+/// all gradients). `None` where no op has such an entry point.
+#[must_use]
+pub fn launch_named(kernel: &str, storage: Storage) -> Option<Launch> {
+    let launches = ops().iter().filter_map(|op| op.sample_launches(storage).ok()).flatten();
+    launches.into_iter().find(|launch| launch.kernel == kernel)
+}
 
 /// An op that has kernels.
 #[derive(Clone, Copy, Debug)]
@@ -157,15 +168,17 @@ fn rope_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError
 }
 
 fn silu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    let op = silu_mul::SiluMul { elements: 4099, storage };
-    samples.add(|tuning| op.forward(tuning))?;
-    samples.add(|tuning| op.backward(silu_mul::SiluMulGradients { gate: true, up: true }, tuning))
+    gated_samples(Gate::Silu, storage, samples)
 }
 
 fn gelu_mul_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
-    let op = gelu_mul::GeluMul { elements: 4099, storage };
+    gated_samples(Gate::Gelu, storage, samples)
+}
+
+fn gated_samples(f: Gate, storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    let op = GatedMul { f, elements: 4099, storage };
     samples.add(|tuning| op.forward(tuning))?;
-    samples.add(|tuning| op.backward(gelu_mul::GeluMulGradients { gate: true, up: true }, tuning))
+    samples.add(|tuning| op.backward(GatedGradients { gate: true, up: true }, tuning))
 }
 
 fn cross_entropy_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
@@ -231,7 +244,7 @@ fn lora_linear_samples(storage: Storage, samples: &mut Samples) -> Result<(), Pl
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::launch::Role;
+    use crate::launch::{KernelFile, Role};
 
     #[test]
     fn sample_plans_are_within_limits_and_write_every_output() {
@@ -251,6 +264,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_entry_point_has_a_launch_by_its_name() {
+        let mut names = 0;
+        for file in KernelFile::ALL {
+            for line in file.source().text.lines() {
+                let Some(rest) = line.strip_prefix("KERNEL(") else { continue };
+                let name = rest.split(',').next().unwrap();
+                for storage in Storage::ALL {
+                    let launch = launch_named(name, storage).unwrap_or_else(|| panic!("no launch of {name}"));
+                    assert_eq!((launch.kernel, launch.file, launch.storage), (name, file, storage));
+                }
+                names += 1;
+            }
+        }
+        assert!(names > KernelFile::ALL.len(), "{names}");
+        assert_eq!(launch_named("no_such_kernel", Storage::F32), None);
     }
 
     #[test]

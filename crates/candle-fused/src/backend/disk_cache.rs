@@ -7,6 +7,8 @@
 //! The folder is `$CANDLE_FUSED_CACHE` if that is set (set and empty: no cache), else `candle-fused` in the user's cache
 //! folder.
 
+#![cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "tests alone, without a compiler"))]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};

@@ -4,7 +4,10 @@
 //! [`Executor`] compiles a launch and dispatches it, and knows nothing else. In the tests of this crate the kernel
 //! simulator takes the place of a device.
 
-#![allow(dead_code, reason = "the executors come next")]
+#![cfg_attr(
+    not(any(test, all(target_os = "macos", feature = "custom-metal"))),
+    expect(dead_code, reason = "a build without a GPU has no executor")
+)]
 
 use std::borrow::Cow;
 
@@ -130,6 +133,8 @@ impl Work<'_> {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => self.on(&super::cuda::Cuda::of(device)?),
+            #[cfg(all(target_os = "macos", feature = "custom-metal"))]
+            Device::Metal(device) => self.on(&super::metal::Metal::of(device)?),
             #[cfg(test)]
             Device::Cpu => {
                 let plan = self.plan(self.tuning(Tuning::default().max_threads))?;
@@ -262,3 +267,6 @@ fn uninitialised(shape: &Shape, dtype: DType, device: &Device) -> Result<Tensor>
     // its scratch what it reads: the simulator tests check it for every op.
     unsafe { Tensor::empty(shape, dtype, device) }
 }
+
+#[cfg(test)]
+mod tests;

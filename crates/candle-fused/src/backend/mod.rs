@@ -10,13 +10,20 @@ mod cuda;
 #[cfg(any(test, feature = "cuda"))]
 mod disk_cache;
 pub(crate) mod gpu;
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+mod metal;
 #[cfg(feature = "cuda")]
 mod nvrtc;
+#[cfg(any(test, all(target_os = "macos", feature = "custom-metal")))]
+mod pipelines;
 pub(crate) mod products;
 #[cfg(test)]
 mod simulated;
 
 use candle_core::{Device, Error, Result, Tensor};
+
+#[cfg(all(target_os = "macos", feature = "custom-metal"))]
+pub use metal::MetalKernelCompiler;
 
 use crate::DeviceError;
 use crate::telemetry::{self, Path};
@@ -50,6 +57,20 @@ impl DeviceKind {
             Self::Cpu => "cpu",
             Self::Cuda => "cuda",
             Self::Metal => "metal",
+        }
+    }
+
+    /// Whether this build and this machine have such a device.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Cpu => true,
+            Self::Cuda => candle_core::utils::cuda_is_available(),
+            // Candle asks the build alone, and panics where a Mac has no GPU.
+            #[cfg(target_os = "macos")]
+            Self::Metal => !candle_metal_kernels::metal::Device::all().is_empty(),
+            #[cfg(not(target_os = "macos"))]
+            Self::Metal => false,
         }
     }
 }
@@ -93,7 +114,7 @@ const fn has_kernels(kind: DeviceKind) -> bool {
     match kind {
         DeviceKind::Cpu => true,
         DeviceKind::Cuda => cfg!(feature = "cuda"),
-        DeviceKind::Metal => false,
+        DeviceKind::Metal => cfg!(all(target_os = "macos", feature = "custom-metal")),
     }
 }
 
@@ -186,7 +207,7 @@ pub(crate) fn dispatch(
         }
         Err(Failure::Tensor(error)) => Err(error),
         Err(Failure::Device(error)) => {
-            tracing::warn!(op, device = %kind, %error, "a kernel does not run");
+            telemetry::warn_once(op, kind, &error);
             fall_back("the device rejects the kernel")
         }
     }

@@ -99,3 +99,14 @@ fn gradients_arrive_from_a_simulated_gpu() {
         simulate(|| case.gradients_arrive(&Device::Cpu));
     }
 }
+
+/// A GPU would have to be waited for to name the row.
+#[test]
+fn a_target_out_of_range_makes_the_loss_nan() {
+    let x = Tensor::zeros((2, 8), DType::F32, &Device::Cpu).unwrap();
+    for (target, valid) in [(7, true), (8, false), (-1, false), (-100, true)] {
+        let targets = Tensor::new(&[0i64, target], &Device::Cpu).unwrap();
+        let loss = simulate(|| crate::cross_entropy(&x, &targets, Some(-100)).unwrap());
+        assert_eq!(loss.to_scalar::<f32>().unwrap().is_finite(), valid, "{target}");
+    }
+}

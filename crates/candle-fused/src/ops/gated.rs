@@ -3,8 +3,8 @@
 //! Backward, with `f` and its slope recomputed from the gate: `d_gate = g·up·f′(gate)`, `d_up = g·f(gate)`.
 
 use candle_core::{Result, Shape, Tensor};
-use candlewick_kernels::gelu_mul::{GeluMul, GeluMulGradients};
-use candlewick_kernels::silu_mul::{SiluMul, SiluMulGradients};
+pub(super) use candlewick_kernels::gated::Gate;
+use candlewick_kernels::gated::{GatedGradients, GatedMul};
 
 use crate::backend::cpu::map_elements;
 use crate::backend::{self, Attempt, Kernel, gpu};
@@ -12,41 +12,23 @@ use crate::check;
 use crate::cpu::gated as row;
 use crate::graph::{self, Backward};
 
-/// The gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Gate {
-    Silu,
-    /// With a tanh.
-    Gelu,
+pub(super) fn check(f: Gate, gate: &Tensor, up: &Tensor) -> Result<()> {
+    check::float(f.op(), "gate", gate)?;
+    check::like(f.op(), "up", up, gate, gate.dims())
 }
 
-impl Gate {
-    const fn op(self) -> &'static str {
-        match self {
-            Self::Silu => "silu_mul",
-            Self::Gelu => "gelu_mul",
-        }
-    }
-
-    pub(super) fn check(self, gate: &Tensor, up: &Tensor) -> Result<()> {
-        check::float(self.op(), "gate", gate)?;
-        check::like(self.op(), "up", up, gate, gate.dims())
-    }
-
-    /// `f(gate)·up`, after the checks.
-    pub(super) fn mul(
-        self,
-        gate: &Tensor,
-        up: &Tensor,
-        reference: fn(&Tensor, &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        backend::dispatch(self.op(), gate, || self.fused(gate, up), || reference(gate, up))
-    }
-
-    fn fused(self, gate: &Tensor, up: &Tensor) -> Attempt<Tensor> {
-        let y = backend::run(gate.device(), &Forward { f: self, gate, up })?;
-        Ok(graph::record2(gate, up, y, Gated { f: self })?)
-    }
+/// `f(gate)·up`, after the checks.
+pub(super) fn mul(
+    f: Gate,
+    gate: &Tensor,
+    up: &Tensor,
+    reference: fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let fused = || {
+        let y = backend::run(gate.device(), &Forward { f, gate, up })?;
+        Ok(graph::record2(gate, up, y, Gated { f })?)
+    };
+    backend::dispatch(f.op(), gate, fused, || reference(gate, up))
 }
 
 struct Gated {
@@ -88,11 +70,8 @@ impl Kernel for Forward<'_> {
     fn gpu(&self) -> Attempt<Tensor> {
         let (gate, up) = (gpu::contiguous(self.gate)?, gpu::contiguous(self.up)?);
         let (elements, storage) = (gate.elem_count(), gpu::storage(&gate)?);
-        let mut outputs = gpu::run(&[&gate, &up], &[gate.shape()], |tuning| match self.f {
-            Gate::Silu => SiluMul { elements, storage }.forward(tuning),
-            Gate::Gelu => GeluMul { elements, storage }.forward(tuning),
-        })?;
-        Ok(outputs.take()?)
+        let plans = GatedMul { f: self.f, elements, storage };
+        Ok(gpu::run(&[&gate, &up], &[gate.shape()], |tuning| plans.forward(tuning))?.take()?)
     }
 }
 
@@ -137,22 +116,13 @@ impl Kernel for Gradients<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let [gate_wanted, up_wanted] = self.wanted;
         let (gate, up, g) =
             (gpu::contiguous(self.gate)?, gpu::contiguous(self.up)?, gpu::contiguous(self.g)?);
-        let (elements, storage) = (gate.elem_count(), gpu::storage(&gate)?);
+        let plans = GatedMul { f: self.f, elements: gate.elem_count(), storage: gpu::storage(&gate)? };
+        let wanted = GatedGradients { gate: self.wanted[0], up: self.wanted[1] };
         let shapes: Vec<&Shape> =
             self.wanted.iter().filter(|wanted| **wanted).map(|_| gate.shape()).collect();
-        let mut outputs = gpu::run(&[&gate, &up, &g], &shapes, |tuning| match self.f {
-            Gate::Silu => {
-                let wanted = SiluMulGradients { gate: gate_wanted, up: up_wanted };
-                SiluMul { elements, storage }.backward(wanted, tuning)
-            }
-            Gate::Gelu => {
-                let wanted = GeluMulGradients { gate: gate_wanted, up: up_wanted };
-                GeluMul { elements, storage }.backward(wanted, tuning)
-            }
-        })?;
-        Ok([outputs.take_if(gate_wanted)?, outputs.take_if(up_wanted)?])
+        let mut outputs = gpu::run(&[&gate, &up, &g], &shapes, |tuning| plans.backward(wanted, tuning))?;
+        Ok([outputs.take_if(wanted.gate)?, outputs.take_if(wanted.up)?])
     }
 }

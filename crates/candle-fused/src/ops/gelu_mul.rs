@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::gated::Gate;
+use super::gated::{self, Gate};
 
 /// `gelu(gate) · up`, element by element, for two tensors of one shape and dtype (f32, f16 or bf16): the
 /// `gelu_pytorch_tanh` of Gemma.
@@ -13,13 +13,13 @@ use super::gated::Gate;
 /// # Errors
 /// Another dtype, tensors that differ in shape, dtype or device.
 pub fn gelu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    Gate::Gelu.check(gate, up)?;
-    Gate::Gelu.mul(gate, up, reference)
+    gated::check(Gate::Gelu, gate, up)?;
+    gated::mul(Gate::Gelu, gate, up, reference)
 }
 
 /// [`gelu_mul`] in plain Candle operations.
 pub fn reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    Gate::Gelu.check(gate, up)?;
+    gated::check(Gate::Gelu, gate, up)?;
     let (wide_gate, wide_up) = (gate.to_dtype(DType::F32)?, up.to_dtype(DType::F32)?);
     (wide_gate.gelu()? * wide_up)?.to_dtype(gate.dtype())
 }

@@ -13,6 +13,7 @@ pub mod cases;
 pub mod oracle;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_fused::DeviceKind;
 
 pub const SIZES: [usize; 7] = [0, 1, 31, 32, 33, 1000, 4097];
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -20,10 +21,10 @@ pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// Every device of this machine. The test bodies take one.
 pub fn devices() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];
-    if candle_core::utils::metal_is_available() {
+    if DeviceKind::Metal.is_available() {
         devices.push(Device::new_metal(0).unwrap());
     }
-    if candle_core::utils::cuda_is_available() {
+    if DeviceKind::Cuda.is_available() {
         devices.push(Device::new_cuda(0).unwrap());
     }
     devices

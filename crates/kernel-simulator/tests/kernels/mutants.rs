@@ -2,8 +2,9 @@
 //! see every one of them. A change that no longer applies fails the test: the kernels and this list move together.
 
 use crate::case::{Case, Size};
-use crate::cases::{cross_entropy, gelu_mul, layer_norm, lora, rms_norm, rope, silu_mul, softmax};
+use crate::cases::{cross_entropy, gated, layer_norm, lora, rms_norm, rope, softmax};
 use crate::mutant_list::MUTANTS;
+use candlewick_kernels::gated::Gate;
 use candlewick_kernels::{Element, KernelFile, Launch, Plan, Storage, Target, Tuning};
 use kernel_simulator::{Kind, Simulator, Site};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -90,9 +91,9 @@ impl Shown {
             Self::LayerNormBackward => layer_norm::backward(size(3, 1000)),
             Self::Rope => rope::case(size(3, 64), false, false),
             Self::RopeInterleaved => rope::case(size(3, 64), true, false),
-            Self::SiluMul => silu_mul::forward(size(3, 257)),
-            Self::SiluMulBackward => silu_mul::backward(size(3, 257)),
-            Self::GeluMulBackward => gelu_mul::backward(size(3, 257)),
+            Self::SiluMul => gated::forward(Gate::Silu, size(3, 257)),
+            Self::SiluMulBackward => gated::backward(Gate::Silu, size(3, 257)),
+            Self::GeluMulBackward => gated::backward(Gate::Gelu, size(3, 257)),
             Self::CrossEntropy => cross_entropy::forward(size(260, 300), Element::I64, false),
             Self::CrossEntropyBackward => cross_entropy::backward(size(3, 300), Element::I64),
             Self::Lora => lora::forward(size(70, 256), lora::peft(size(70, 256), 320)),

@@ -22,23 +22,14 @@ pub fn run() {
         ]),
     );
     for kind in [DeviceKind::Cpu, DeviceKind::Metal, DeviceKind::Cuda] {
-        let there = match kind {
-            DeviceKind::Cpu => true,
-            DeviceKind::Metal => utils::metal_is_available(),
-            DeviceKind::Cuda => utils::cuda_is_available(),
-        };
-        if !there {
+        if !kind.is_available() {
             line(&kind.to_string(), "not in this build or on this machine");
             continue;
         }
         let fused: Vec<_> = fused_ops(kind).collect();
-        let ops = if fused.is_empty() {
-            "available; every op falls back to its reference".to_string()
-        } else {
-            format!("available; fused: {}", fused.join(", "))
-        };
-        line(&kind.to_string(), &ops);
+        line(&kind.to_string(), &format!("available; fused: {}", fused.join(", ")));
     }
+    line("auto", "CUDA where it is available, else the CPU; Metal only when it is named");
 }
 
 fn line(name: &str, value: &str) {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use candle_fused::DeviceKind;
 use candlewick::model::{self, Decoder, ModelFiles};
 use candlewick::{Error, Result, embedded, lora};
 use clap::{Args, ValueEnum};
@@ -34,7 +35,7 @@ pub enum Precision {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Place {
-    /// CUDA where this build and machine have it, else the CPU
+    /// CUDA where this build and machine have it, else the CPU; Metal has not been run on a Mac yet
     Auto,
     Cpu,
     Metal,
@@ -70,12 +71,15 @@ impl ModelOptions {
 
     /// Opens the device.
     pub fn device(&self) -> Result<Device> {
-        let unavailable = |name: &str, error: candle_core::Error| {
+        let unavailable = |name: &str, error: &dyn std::fmt::Display| {
             Error::Config(format!("no {name} device: {error}; `wick doctor` shows what there is"))
         };
         match self.device {
-            Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", e)),
-            Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", e)),
+            Place::Metal if !DeviceKind::Metal.is_available() => {
+                Err(unavailable("Metal", &"not in this build or on this machine"))
+            }
+            Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", &e)),
+            Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", &e)),
             Place::Auto if candle_core::utils::cuda_is_available() => {
                 Ok(Device::new_cuda(0).unwrap_or_else(|error| {
                     tracing::warn!(%error, "no CUDA device: computing on the CPU");

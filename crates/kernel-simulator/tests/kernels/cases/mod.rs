@@ -1,12 +1,11 @@
 //! Every op at one size, forward and backward. An oracle is the op's formula in its simplest form.
 
 pub mod cross_entropy;
-pub mod gelu_mul;
+pub mod gated;
 pub mod layer_norm;
 pub mod lora;
 pub mod rms_norm;
 pub mod rope;
-pub mod silu_mul;
 pub mod softmax;
 
 use crate::case::{Case, Size};
@@ -17,12 +16,12 @@ pub type Cases = fn(Size) -> Vec<Case>;
 /// Every op.
 pub const ALL: [(&str, Cases); 9] = [
     ("cross_entropy", cross_entropy::cases),
-    ("gelu_mul", gelu_mul::cases),
+    ("gelu_mul", gated::gelu_cases),
     ("layer_norm", layer_norm::cases),
     ("lora_delta", lora::delta_cases),
     ("lora_linear", lora::linear_cases),
     ("rms_norm", rms_norm::cases),
     ("rope", rope::cases),
-    ("silu_mul", silu_mul::cases),
+    ("silu_mul", gated::silu_cases),
     ("softmax", softmax::cases),
 ];
