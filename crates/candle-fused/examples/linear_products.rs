@@ -82,8 +82,8 @@ fn report(rows: usize, dtype: DType) -> Result<f64> {
     }
     // Without the sum that gradients begin at.
     let own = |i: usize| times[i] - times[5];
-    for i in 2..5 {
-        println!("  {:36} {:8.3} ms  {:.3} of the base", contenders[i].0, own(i) * 1e3, own(i) / own(2));
+    for (i, (name, _)) in contenders.iter().enumerate().skip(2).take(3) {
+        println!("  {name:36} {:8.3} ms  {:.3} of the base", own(i) * 1e3, own(i) / own(2));
     }
     Ok(times[1])
 }
