@@ -86,7 +86,7 @@ impl Cuda {
         let rejected = |reason: String| DeviceError::Pipeline { name: launch.kernel.to_owned(), reason };
         let (major, minor) = context.compute_capability().map_err(|error| rejected(error.to_string()))?;
         let mut refused = String::new();
-        for code in nvrtc::codes(major * 10 + minor)? {
+        for code in nvrtc::codes(launch.kernel, major * 10 + minor)? {
             let image = nvrtc::compile(launch.kernel, &text, code)?;
             match context.load_module(Ptx::from_binary(image)) {
                 Ok(module) => {

@@ -25,9 +25,9 @@ impl Code {
     }
 }
 
-/// What this compiler can make for a device of compute capability `arch` (90 for 9.0), best first.
-pub(super) fn codes(arch: c_int) -> Result<Vec<Code>, DeviceError> {
-    let unusable = |error: result::NvrtcError| DeviceError::Compilation { log: format!("NVRTC: {error}") };
+/// What this compiler can make of a kernel for a device of compute capability `arch` (90 for 9.0), best first.
+pub(super) fn codes(kernel: &str, arch: c_int) -> Result<Vec<Code>, DeviceError> {
+    let unusable = |error: result::NvrtcError| failed(kernel, &error.to_string());
     let mut count = 0;
     // SAFETY: NVRTC writes one integer.
     unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result().map_err(unusable)?;
@@ -64,7 +64,7 @@ pub(super) fn compile(kernel: &str, text: &str, code: Code) -> Result<Vec<u8>, D
 }
 
 fn failed(kernel: &str, log: &str) -> DeviceError {
-    DeviceError::Compilation { log: format!("{kernel}: {log}") }
+    DeviceError::Compilation { name: kernel.to_owned(), log: log.to_owned() }
 }
 
 /// A text that NVRTC holds.
