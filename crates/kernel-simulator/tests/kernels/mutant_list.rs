@@ -161,9 +161,11 @@ pub const MUTANTS: &[Mutant] = &[
 
     // ---- cross_entropy.metal ----
     text(Shown::CrossEntropy, "an ignored target is used as an address", OUT_OF_BOUNDS,
-        "counted ? row_lse - to_f32(logits_row[uint(target)]) : 0.0f", "row_lse - to_f32(logits_row[uint(target)])"),
+        "counted ? precise::log(sum) - (to_f32(logits_row[uint(target)]) - largest) : 0.0f",
+        "precise::log(sum) - (to_f32(logits_row[uint(target)]) - largest)"),
     text(Shown::CrossEntropy, "every thread writes the row's result", RACE, "if (chunk_column(team, 0u) == 0u)", ""),
-    text(Shown::CrossEntropy, "rows that do not count leave no lse", UNWRITTEN, "lse[row] = row_lse;", "if (counted) lse[row] = row_lse;"),
+    text(Shown::CrossEntropy, "rows that do not count leave no lse", UNWRITTEN,
+        "lse[ulong(row) * 2u] = largest;", "if (counted) lse[ulong(row) * 2u] = largest;"),
     text(Shown::CrossEntropy, "mean: no barrier before the counts are read", RACE,
         "threadgroup_barrier(mem_flags::mem_threadgroup);\n    if (TID.x == 0u)", "if (TID.x == 0u)"),
     text(Shown::CrossEntropy, "mean: every lane writes the counts", RACE, "if (LANE == 0u) {\n        counts", "{\n        counts"),
