@@ -59,7 +59,11 @@ pub fn facts(device: DeviceName) -> Facts {
     facts
 }
 
-/// What all processors and one process have worked so far, in seconds.
+/// More processors than this that are busy with something else disturb a measurement: two threads that wait for each
+/// other lose far more than the share that is taken.
+pub const DISTURBANCE: f64 = 0.15;
+
+/// What all processors and some processes have worked so far, in seconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Work {
     all: f64,
@@ -68,21 +72,19 @@ pub struct Work {
 
 impl Work {
     /// As the kernel counts it; `None` where it does not.
-    pub fn now(process: Option<u32>) -> Option<Self> {
+    pub fn now(processes: &[u32]) -> Option<Self> {
         // Linux counts in hundredths of a second.
         let seconds = |field: &str| field.parse::<f64>().ok().map(|ticks| ticks / 100.0);
         let stat = read_to_string("/proc/stat").ok()?;
         let fields: Vec<f64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(seconds).collect();
         // user, nice, system, idle, iowait, irq, softirq, steal: all but the two in which nobody worked.
         let all = fields.iter().take(8).sum::<f64>() - fields.get(3)? - fields.get(4)?;
-        let own = match process {
-            Some(process) => {
-                let stat = read_to_string(format!("/proc/{process}/stat")).ok()?;
-                let after_name = stat.rsplit_once(')')?.1;
-                after_name.split_whitespace().skip(11).take(2).filter_map(seconds).sum()
-            }
-            None => 0.0,
-        };
+        let mut own = 0.0;
+        for process in processes {
+            let stat = read_to_string(format!("/proc/{process}/stat")).ok()?;
+            let after_name = stat.rsplit_once(')')?.1;
+            own += after_name.split_whitespace().skip(11).take(2).filter_map(seconds).sum::<f64>();
+        }
         Some(Self { all, own })
     }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::case::{Case, DeviceName};
 use crate::judge::Physics;
-use crate::machine::Facts;
+use crate::machine::{DISTURBANCE, Facts};
 use crate::measure::Measured;
 use crate::ops;
 use crate::protocol::{Hello, Paths, Way};
@@ -41,6 +41,8 @@ pub struct CaseReport {
     pub about: String,
     pub minimum_bytes: f64,
     pub operations: f64,
+    /// Processors that other programs kept busy, in the round where they kept most.
+    pub others: f64,
     /// What the case took to measure, with all engines.
     pub seconds: f64,
     pub outcomes: Vec<Outcome>,
@@ -102,7 +104,7 @@ impl Outcome {
 
 impl CaseReport {
     /// Works out medians and ratios. A time with a problem does not count, and is not even kept.
-    pub fn new(case: &Case, about: &str, mut outcomes: Vec<Outcome>, physics: &Physics) -> Self {
+    pub fn new(case: &Case, about: &str, mut outcomes: Vec<Outcome>, physics: &Physics, others: f64) -> Self {
         let cost = ops::cost(case);
         for outcome in outcomes.iter_mut().filter(|outcome| outcome.problem.is_some()) {
             outcome.rounds_us.clear();
@@ -131,6 +133,7 @@ impl CaseReport {
             about: about.to_owned(),
             minimum_bytes: cost.bytes,
             operations: cost.operations,
+            others,
             seconds: 0.0,
             outcomes,
         }
@@ -278,6 +281,14 @@ impl Report {
             DeviceName::Cuda => self.write_ways(text)?,
         }
         self.write_trainings(text)?;
+        let is_disturbed = |case: &&CaseReport| self.device == DeviceName::Cpu && case.others > DISTURBANCE;
+        let disturbed: Vec<_> = self.cases.iter().filter(is_disturbed).collect();
+        if !disturbed.is_empty() {
+            writeln!(text, "\n## Disturbed\n\nOther programs kept this many processors busy meanwhile.\n")?;
+            for case in disturbed {
+                writeln!(text, "- {}: {:.2}", case.id, case.others)?;
+            }
+        }
         let problems = self.problems();
         if !problems.is_empty() {
             writeln!(text, "\n## Not counted\n")?;

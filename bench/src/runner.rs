@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::case::{Case, Chosen, DeviceName};
 use crate::judge::Physics;
+use crate::machine::{DISTURBANCE, Work};
 use crate::measure::{Measured, Plan, Round, measure};
 use crate::protocol::{Hello, Reply, Request, Times, Way};
 use crate::report::{CaseReport, Outcome};
@@ -42,6 +43,11 @@ impl Contender {
     pub fn adopt(session: Session) -> Self {
         let hello = session.hello.clone();
         Self { variant: hello.variants[0].clone(), start: None, session: Some(session), hello }
+    }
+
+    /// Its process, while there is one.
+    fn process(&self) -> Option<u32> {
+        self.session.as_ref().and_then(Session::process)
     }
 
     /// `engine`, or `engine variant`.
@@ -84,8 +90,11 @@ pub struct Settings<'a> {
 const SAMPLE_US: f64 = 1_500.0;
 const TIMING_US: f64 = 45_000.0;
 const GPU_TIMING_US: f64 = 12_000.0;
-/// An engine whose call takes longer than this has its turn in two rounds only.
+/// An engine whose call takes longer than this has its turn in two rounds only; and than this, in one.
 const SLOW_US: f64 = 400_000.0;
+const SLOWEST_US: f64 = 1_500_000.0;
+/// Rounds of a case that are made again because other programs disturbed them.
+const DISTURBED_ROUNDS: usize = 4;
 
 /// Runs every chosen case and calls `done` after each.
 pub fn run(
@@ -111,7 +120,8 @@ pub fn run(
 struct Entry<'a> {
     contender: &'a mut Contender,
     plans: Vec<Plan>,
-    is_slow: bool,
+    /// Rounds at most.
+    rounds: usize,
     outcomes: Vec<Outcome>,
 }
 
@@ -132,7 +142,7 @@ fn one(
         if contender.variant == "compiled" && !(case.compiled && settings.compile) {
             continue;
         }
-        let mut entry = Entry { contender, plans: Vec::new(), is_slow: false, outcomes: Vec::new() };
+        let mut entry = Entry { contender, plans: Vec::new(), rounds: settings.rounds, outcomes: Vec::new() };
         if let Err(error) = entry.prepare(case, &trial, copies, ways, settings) {
             entry.fail(&error);
         }
@@ -140,27 +150,53 @@ fn one(
     }
     drop(trial);
     let start = Instant::now();
-    for index in 0..settings.rounds {
-        if index >= 3 && start.elapsed() > settings.budget {
-            break;
-        }
-        let seed = settings.seed.wrapping_add(1 + index as u64);
-        let round = Round::new(case, seed, settings.scratch)?;
-        // Nobody always follows the same neighbour.
-        let count = entries.len();
-        for turn in 0..count {
-            let turn = if index % 2 == 0 { turn } else { count - 1 - turn };
-            let entry = &mut entries[(turn + index / 2) % count];
-            if !entry.plans.is_empty()
-                && (index < 2 || !entry.is_slow)
-                && let Err(error) = entry.turn(case, &round, copies, settings)
-            {
-                entry.fail(&error);
+    let mut others = 0f64;
+    let (mut index, mut patience) = (0, DISTURBED_ROUNDS);
+    while index < settings.rounds && (index < 3 || start.elapsed() < settings.budget) {
+        let kept: Vec<_> = entries.iter().map(|entry| entry.outcomes.clone()).collect();
+        let seed = settings.seed.wrapping_add((1 + index + 100 * patience) as u64);
+        let load = round(case, index, seed, &mut entries, copies, settings)?;
+        if load > DISTURBANCE && patience > 0 && settings.device == DeviceName::Cpu {
+            patience -= 1;
+            for (entry, kept) in entries.iter_mut().zip(kept) {
+                entry.outcomes = kept;
             }
+            continue;
         }
+        others = others.max(load);
+        index += 1;
     }
     let outcomes = entries.into_iter().flat_map(|entry| entry.outcomes).collect();
-    Ok(CaseReport::new(case, about, outcomes, &settings.physics))
+    Ok(CaseReport::new(case, about, outcomes, &settings.physics, others))
+}
+
+/// One round: fresh inputs, and every engine's turn. Returns how many processors other programs kept busy meanwhile.
+fn round(
+    case: &Case,
+    index: usize,
+    seed: u64,
+    entries: &mut [Entry<'_>],
+    copies: usize,
+    settings: &Settings<'_>,
+) -> Result<f64> {
+    let processes: Vec<u32> =
+        entries.iter().filter_map(|entry| entry.contender.process()).chain([std::process::id()]).collect();
+    let (start, before) = (Instant::now(), Work::now(&processes));
+    let round = Round::new(case, seed, settings.scratch)?;
+    // Nobody always follows the same neighbour.
+    let count = entries.len();
+    for turn in 0..count {
+        let turn = if index.is_multiple_of(2) { turn } else { count - 1 - turn };
+        let entry = &mut entries[(turn + index / 2) % count];
+        if !entry.plans.is_empty()
+            && index < entry.rounds
+            && let Err(error) = entry.turn(case, &round, copies, settings)
+        {
+            entry.fail(&error);
+        }
+    }
+    let (wall, after) = (start.elapsed().as_secs_f64(), Work::now(&processes));
+    Ok(before.zip(after).map_or(0.0, |(before, after)| before.others(after, wall)))
 }
 
 /// How many copies of the inputs a case goes round in.
@@ -196,7 +232,11 @@ impl Entry<'_> {
                 Ok((plan, us)) => {
                     // The first request for outputs may load what writes them.
                     session.tell(&trial.request(case))?;
-                    self.is_slow |= us > SLOW_US;
+                    self.rounds = match us {
+                        us if us > SLOWEST_US => 1,
+                        us if us > SLOW_US => self.rounds.min(2),
+                        _ => self.rounds,
+                    };
                     self.plans.push(plan);
                 }
                 Err(error) => outcome.unsupported = Some(error.to_string()),
@@ -209,7 +249,7 @@ impl Entry<'_> {
 
     fn turn(&mut self, case: &Case, round: &Round, copies: usize, settings: &Settings<'_>) -> Result<()> {
         let session = self.contender.running(settings.device, settings.threads)?;
-        session.tell(&Request::Inputs { path: round.path.clone(), copies, warm: !self.is_slow })?;
+        session.tell(&Request::Inputs { path: round.path.clone(), copies, warm: self.rounds > 2 })?;
         for plan in &self.plans {
             // What was caught twice is not believed a third time.
             let is_caught = |outcome: &Outcome| outcome.way == plan.way && outcome.problem.is_some();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::case::{DeviceName, Dtype};
 use crate::judge::Physics;
-use crate::machine::Work;
+use crate::machine::{DISTURBANCE, Work};
 use crate::ops::as_f64;
 use crate::protocol::{Hello, Reply, Request, Trained};
 use crate::report::{TrainingOutcome, TrainingReport};
@@ -30,10 +30,6 @@ struct Run {
     others: f64,
     hello: Hello,
 }
-
-/// More processors than this that are busy with something else disturb a measurement: two threads that wait for each
-/// other lose far more than the share that is taken.
-const DISTURBANCE: f64 = 0.1;
 
 /// How steps are measured.
 pub struct How<'a> {
@@ -137,9 +133,10 @@ fn undisturbed(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<
 fn once(training: &Training, trainer: &Trainer, how: &How<'_>) -> Result<Run> {
     let mut session = Session::start(&trainer.start, how.device, how.threads)?;
     let request = Request::Train { training: training.clone(), variant: trainer.variant.clone() };
-    let before = Work::now(session.process());
+    let processes: Vec<u32> = session.process().into_iter().collect();
+    let before = Work::now(&processes);
     let (reply, wall) = session.ask(&request)?;
-    let after = Work::now(session.process());
+    let after = Work::now(&processes);
     let Reply::Trained(trained) = reply else {
         return Err(session.unexpected("training", &reply));
     };
