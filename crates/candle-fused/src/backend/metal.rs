@@ -50,7 +50,7 @@ impl MetalKernelCompiler {
         Ok(compiler)
     }
 
-    /// The kernel of this name: any entry point of [`candlewick_kernels::ops`], forward (`"softmax"`), backward
+    /// The kernel of this name: any entry point of [`ops`](mod@candlewick_kernels::ops), forward (`"softmax"`), backward
     /// (`"softmax_backward"`) or a part (`"column_sum"`).
     ///
     /// A kernel's text is specialised for each call, so a name stands for the text of
