@@ -5,7 +5,7 @@
 //! simulator takes the place of a device.
 
 #![cfg_attr(
-    not(any(test, all(target_os = "macos", feature = "custom-metal"))),
+    not(any(test, feature = "cuda", all(target_os = "macos", feature = "custom-metal"))),
     expect(dead_code, reason = "a build without a GPU has no executor")
 )]
 
