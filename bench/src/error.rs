@@ -10,6 +10,9 @@ pub enum Error {
     File { path: PathBuf, message: String },
     #[error("{0}")]
     Engine(String),
+    /// The engine is well, and has nothing for this case or way.
+    #[error("{0}")]
+    Unsupported(String),
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
     #[error(transparent)]

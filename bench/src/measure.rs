@@ -102,7 +102,7 @@ fn once(
     let request = Request::Time { way: plan.way, samples: plan.samples, calls: plan.calls };
     let (times, wall) = match session.ask(&request)? {
         (Reply::Times(times), wall) => (times, wall),
-        (Reply::Unsupported { reason }, _) => return Err(crate::Error::Engine(reason)),
+        (Reply::Unsupported { reason }, _) => return Err(crate::Error::Unsupported(reason)),
         (other, _) => return Err(session.unexpected("times", &other)),
     };
     let output = round.request(case);

@@ -102,9 +102,12 @@ struct Options {
     /// Rounds of a case at most
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Seconds for the rounds of a case; three rounds are always made
+    /// Seconds for the rounds of a case; some rounds are always made
     #[arg(long, default_value_t = 1.2)]
     budget: f64,
+    /// Seconds after which no further case begins [default: never]
+    #[arg(long)]
+    limit: Option<f64>,
     /// Fresh processes for each training step and engine [default: 2 for tiny, else 1]
     #[arg(long)]
     training_rounds: Option<usize>,
@@ -210,10 +213,12 @@ impl Options {
             missing: std::collections::BTreeMap::new(),
             limits: std::collections::BTreeMap::new(),
             seconds: 0.0,
+            left_out: 0,
             cases: Vec::new(),
             trainings: Vec::new(),
         };
         let scratch = self.scratch()?;
+        let folder = self.out.clone().unwrap_or_else(|| Path::new("target/bench").join(device.name()));
         let mut contenders = Vec::new();
         for name in self.engines(device).iter().filter(|name| *name != "peft") {
             match Contender::start_all(&self.parts.start(name)?, device, threads) {
@@ -236,20 +241,31 @@ impl Options {
                 scratch: scratch.path(),
                 rounds: self.rounds,
                 budget: Duration::from_secs_f64(self.budget),
+                until: self.limit.map(|limit| start + Duration::from_secs_f64(limit)),
                 allow_fallback: self.allow_fallback,
                 compile: !self.small,
                 seed: self.seed.wrapping_mul(1 << 20),
             };
             let chosen = self.cases(device)?;
-            report.cases =
-                runner::run(&chosen, &mut contenders, &settings, |case| println!("{}", case.line()))?;
+            // What is done is on disk, whatever comes.
+            let mut written = Instant::now();
+            report.left_out = runner::run(&chosen, &mut contenders, &settings, |case| {
+                println!("{}", case.line());
+                report.cases.push(case);
+                if written.elapsed() > Duration::from_secs(10) {
+                    written = Instant::now();
+                    report.seconds = start.elapsed().as_secs_f64();
+                    save(&report, &folder)?;
+                }
+                Ok(())
+            })?;
+            save(&report, &folder)?;
         }
         drop(contenders);
         if !self.no_training {
             self.train(device, &physics, &mut report)?;
         }
         report.seconds = start.elapsed().as_secs_f64();
-        let folder = self.out.clone().unwrap_or_else(|| Path::new("target/bench").join(device.name()));
         write(&report, &folder)
     }
 
@@ -327,8 +343,8 @@ impl Options {
     }
 }
 
-/// Writes the table, the data and the charts; fails if a time of ours does not count.
-fn write(report: &Report, folder: &Path) -> Result<ExitCode> {
+/// Writes the table, the data and the charts.
+fn save(report: &Report, folder: &Path) -> Result<()> {
     let put = |name: &str, text: &str| {
         let path = folder.join(name);
         std::fs::write(&path, text).map_err(|e| Error::at(&path, e))
@@ -340,6 +356,12 @@ fn write(report: &Report, folder: &Path) -> Result<ExitCode> {
     for (op, svg) in chart::by_op(report)? {
         put(&format!("{op}.svg"), &svg)?;
     }
+    Ok(())
+}
+
+/// Saves and prints; fails if a time of ours does not count.
+fn write(report: &Report, folder: &Path) -> Result<ExitCode> {
+    save(report, folder)?;
     println!("{}", report.table());
     println!("Everything is in {} ({:.0} s)", folder.display(), report.seconds);
     let ours = report.problems().into_iter().filter(|(what, _)| what.contains(": ours"));

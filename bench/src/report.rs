@@ -29,6 +29,8 @@ pub struct Report {
     pub missing: BTreeMap<String, String>,
     pub limits: BTreeMap<String, f64>,
     pub seconds: f64,
+    /// Cases that the time limit left out.
+    pub left_out: usize,
     pub cases: Vec<CaseReport>,
     pub trainings: Vec<TrainingReport>,
 }
@@ -197,6 +199,7 @@ impl Report {
     pub fn join(mut self, other: Self) -> Self {
         self.command = format!("{}`, `{}", self.command, other.command);
         self.seconds += other.seconds;
+        self.left_out += other.left_out;
         self.meet(other.engines);
         self.missing.extend(other.missing);
         self.cases.extend(other.cases);
@@ -281,6 +284,9 @@ impl Report {
             DeviceName::Cuda => self.write_ways(text)?,
         }
         self.write_trainings(text)?;
+        if self.left_out > 0 {
+            writeln!(text, "\nThe time limit left out {} cases.", self.left_out)?;
+        }
         let is_disturbed = |case: &&CaseReport| self.device == DeviceName::Cpu && case.others > DISTURBANCE;
         let disturbed: Vec<_> = self.cases.iter().filter(is_disturbed).collect();
         if !disturbed.is_empty() {

@@ -77,8 +77,10 @@ pub struct Settings<'a> {
     pub scratch: &'a Path,
     /// Rounds at most, for a case.
     pub rounds: usize,
-    /// A case's rounds end after this time, but not before there are three.
+    /// A case's rounds end after this time, but not before there are as many as [`least_rounds`].
     pub budget: Duration,
+    /// After this no further case begins.
+    pub until: Option<Instant>,
     /// Whether a fused operation may run its reference.
     pub allow_fallback: bool,
     /// Whether compiling engines compile the cases that are worth it.
@@ -96,24 +98,27 @@ const SLOWEST_US: f64 = 1_500_000.0;
 /// Rounds of a case that are made again because other programs disturbed them.
 const DISTURBED_ROUNDS: usize = 4;
 
-/// Runs every chosen case and calls `done` after each.
+/// Runs every chosen case, while there is time, and hands over the report of each. Returns how many were left out.
 pub fn run(
     chosen: &[Chosen],
     contenders: &mut [Contender],
     settings: &Settings<'_>,
-    mut done: impl FnMut(&CaseReport),
-) -> Result<Vec<CaseReport>> {
-    let mut reports = Vec::new();
-    for (about, case) in chosen.iter().flat_map(|file| {
-        file.groups.iter().flat_map(|(about, cases)| cases.iter().map(move |case| (about, case)))
-    }) {
-        let start = Instant::now();
-        let mut report = one(about, case, contenders, settings)?;
-        report.seconds = start.elapsed().as_secs_f64();
-        done(&report);
-        reports.push(report);
+    mut done: impl FnMut(CaseReport) -> Result<()>,
+) -> Result<usize> {
+    let mut left = 0;
+    for (about, cases) in chosen.iter().flat_map(|file| &file.groups) {
+        for case in cases {
+            let start = Instant::now();
+            if settings.until.is_some_and(|until| start > until) {
+                left += 1;
+                continue;
+            }
+            let mut report = one(about, case, contenders, settings)?;
+            report.seconds = start.elapsed().as_secs_f64();
+            done(report)?;
+        }
     }
-    Ok(reports)
+    Ok(left)
 }
 
 /// A contender's plans for a case, one for each way.
@@ -152,7 +157,8 @@ fn one(
     let start = Instant::now();
     let mut others = 0f64;
     let (mut index, mut patience) = (0, DISTURBED_ROUNDS);
-    while index < settings.rounds && (index < 3 || start.elapsed() < settings.budget) {
+    let least = least_rounds(case, settings.device);
+    while index < settings.rounds && (index < least || start.elapsed() < settings.budget) {
         let kept: Vec<_> = entries.iter().map(|entry| entry.outcomes.clone()).collect();
         let seed = settings.seed.wrapping_add((1 + index + 100 * patience) as u64);
         let load = round(case, index, seed, &mut entries, copies, settings)?;
@@ -199,6 +205,16 @@ fn round(
     Ok(before.zip(after).map_or(0.0, |(before, after)| before.others(after, wall)))
 }
 
+/// Rounds that are always made. A GPU has nobody else to serve, and passing large tensors to every engine takes far longer
+/// than timing them.
+fn least_rounds(case: &Case, device: DeviceName) -> usize {
+    match device {
+        DeviceName::Cpu => 3,
+        DeviceName::Cuda if ops::input_bytes(case) > 64 << 20 => 1,
+        DeviceName::Cuda => 2,
+    }
+}
+
 /// How many copies of the inputs a case goes round in.
 fn copies(case: &Case, settings: &Settings<'_>) -> usize {
     let bytes = ops::as_f64(ops::input_bytes(case).max(1));
@@ -239,7 +255,8 @@ impl Entry<'_> {
                     };
                     self.plans.push(plan);
                 }
-                Err(error) => outcome.unsupported = Some(error.to_string()),
+                Err(Error::Unsupported(reason)) => outcome.unsupported = Some(reason),
+                Err(error) => return Err(error),
             }
             outcomes.push(outcome);
         }
@@ -265,20 +282,22 @@ impl Entry<'_> {
         Ok(())
     }
 
-    /// The engine cannot, or does not any more.
+    /// The engine cannot, or does not any more; then its process is not to be trusted with the next case.
     fn fail(&mut self, error: &Error) {
         self.plans.clear();
+        let is_unsupported = matches!(error, Error::Unsupported(_));
         if self.outcomes.is_empty() {
-            let mut outcome =
-                Outcome::new(&self.contender.hello.engine, &self.contender.label(), Way::Synced);
-            outcome.unsupported = Some(error.to_string());
-            self.outcomes.push(outcome);
-        } else {
-            for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.unsupported.is_none()) {
+            let (engine, label) = (&self.contender.hello.engine, self.contender.label());
+            self.outcomes.push(Outcome::new(engine, &label, Way::Synced));
+        }
+        for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.unsupported.is_none()) {
+            if is_unsupported {
+                outcome.unsupported = Some(error.to_string());
+            } else {
                 outcome.problem = Some(error.to_string());
             }
         }
-        if error.to_string().contains("ended") {
+        if !is_unsupported {
             self.contender.session = None;
         }
     }
@@ -309,7 +328,7 @@ fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> 
         let (reply, _) = session.ask(&Request::Time { way, samples: 1, calls })?;
         let Reply::Times(Times { samples_us, .. }) = reply else {
             return Err(match reply {
-                Reply::Unsupported { reason } => Error::Engine(reason),
+                Reply::Unsupported { reason } => Error::Unsupported(reason),
                 other => session.unexpected("times", &other),
             });
         };

@@ -83,7 +83,7 @@ impl Session {
     pub fn tell(&mut self, request: &Request) -> Result<Duration> {
         match self.ask(request)? {
             (Reply::Done, wall) => Ok(wall),
-            (Reply::Unsupported { reason }, _) => Err(Error::Engine(reason)),
+            (Reply::Unsupported { reason }, _) => Err(Error::Unsupported(reason)),
             (other, _) => Err(self.unexpected("done", &other)),
         }
     }

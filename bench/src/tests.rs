@@ -164,12 +164,19 @@ fn measured(cases: Vec<Case>, contender: Contender, copy: f64) -> Vec<CaseReport
         scratch: folder.path(),
         rounds: 3,
         budget: Duration::from_secs(1),
+        until: None,
         allow_fallback: false,
         compile: true,
         seed: 7,
     };
     let chosen = Chosen { op: cases[0].op, about: String::new(), groups: vec![(String::new(), cases)] };
-    run(&[chosen], &mut [contender], &settings, |_| {}).unwrap()
+    let mut reports = Vec::new();
+    let done = |report| {
+        reports.push(report);
+        Ok(())
+    };
+    assert_eq!(run(&[chosen], &mut [contender], &settings, done).unwrap(), 0);
+    reports
 }
 
 fn softmax() -> Case {

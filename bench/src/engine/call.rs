@@ -32,8 +32,8 @@ pub struct Prepared {
     is_reference: bool,
     arguments: Arguments,
     tracked: Vec<(String, Var)>,
-    /// The graph of a forward pass made beforehand.
-    graph: Option<Tensor>,
+    /// The result of a forward pass made beforehand, for a backward pass alone.
+    result: Option<Tensor>,
 }
 
 impl Prepared {
@@ -65,46 +65,53 @@ impl Prepared {
             is_reference,
             arguments: Arguments { tensors: arguments },
             tracked,
-            graph: None,
+            result: None,
         };
         if case.mode == Mode::Backward {
-            prepared.graph = Some(prepared.loss(&prepared.result()?)?);
+            prepared.result = Some(prepared.result()?);
         }
         Ok(prepared)
     }
 
     /// What is timed.
     pub fn call(&self) -> Result<Outputs> {
-        if let Some(loss) = &self.graph {
-            return self.gradients(&loss.backward()?);
+        if let Some(y) = &self.result {
+            return self.gradients(y);
         }
         let y = self.result()?;
-        let mut outputs = vec![("y".to_owned(), y)];
-        if self.case.mode == Mode::Both {
-            let gradients = self.loss(&outputs[0].1)?.backward()?;
-            outputs.extend(self.gradients(&gradients)?);
-        }
-        Ok(outputs)
+        let gradients = if self.case.mode == Mode::Both { self.gradients(&y)? } else { Outputs::new() };
+        Ok([("y".to_owned(), y)].into_iter().chain(gradients).collect())
     }
 
     fn result(&self) -> Result<Tensor> {
         self.library.call(&self.case, self.is_reference, &self.arguments)
     }
 
-    /// A scalar whose gradient with respect to `y` is the case's `g`.
-    fn loss(&self, y: &Tensor) -> Result<Tensor> {
-        if self.case.op == Op::CrossEntropy {
-            return Ok(y.clone());
+    /// The gradients from that of the result. Ours as candlewick's training gets them, the others' from Candle.
+    fn gradients(&self, y: &Tensor) -> Result<Outputs> {
+        let is_loss = self.case.op == Op::CrossEntropy;
+        if self.library == Library::Ours && !self.is_reference {
+            let gradients = if is_loss {
+                candle_fused::backward(y, 1.0)?
+            } else {
+                candle_fused::backward_from(y, self.arguments.get("g")?)?
+            };
+            return self.collect(|var| gradients.get(var));
         }
-        Ok(y.apply_op1(WithGradient(self.arguments.get("g")?.clone()))?)
+        let gradients: GradStore = if is_loss {
+            y.backward()?
+        } else {
+            y.apply_op1(WithGradient(self.arguments.get("g")?.clone()))?.backward()?
+        };
+        self.collect(|var| gradients.get(var))
     }
 
-    fn gradients(&self, gradients: &GradStore) -> Result<Outputs> {
-        let gradient = |(name, var): &(String, Var)| match gradients.get(var) {
+    fn collect<'a>(&self, gradient: impl Fn(&Var) -> Option<&'a Tensor>) -> Result<Outputs> {
+        let named = |(name, var): &(String, Var)| match gradient(var) {
             Some(gradient) => Ok((name.clone(), gradient.clone())),
             None => Err(Error::Engine(format!("no gradient {name}"))),
         };
-        self.tracked.iter().map(gradient).collect()
+        self.tracked.iter().map(named).collect()
     }
 }
 

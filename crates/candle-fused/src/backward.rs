@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
 
+use crate::check;
 use crate::graph::{self, Entry, Node, Undo, View};
 use crate::ops::add::sum;
 
@@ -46,18 +47,35 @@ impl Gradients {
 /// # Errors
 /// A failed tensor operation.
 pub fn backward(loss: &Tensor, weight: f64) -> Result<Gradients> {
-    let tensors = loss.sorted_nodes();
-    let steps: Option<Vec<_>> =
-        tensors.into_iter().filter(|tensor| !tensor.is_variable()).map(step).collect();
-    let Some(steps) = steps else {
-        let gradients = (loss * weight)?.backward()?;
-        return Ok(Gradients(Store::Candle(gradients)));
+    let Some(steps) = steps(loss) else {
+        return Ok(Gradients(Store::Candle((loss * weight)?.backward()?)));
     };
-    let mut gradients = HashMap::new();
-    gradients.insert(
-        loss.id(),
-        Tensor::full(1f32, loss.shape(), loss.device())?.affine(weight, 0.0)?.to_dtype(loss.dtype())?,
-    );
+    let first =
+        Tensor::full(1f32, loss.shape(), loss.device())?.affine(weight, 0.0)?.to_dtype(loss.dtype())?;
+    walk(loss, first, steps)
+}
+
+/// The gradients of `Σ gradient·y` for all variables that `y` depends on: what comes before `y` gets `gradient` as the
+/// gradient of `y`, as from `torch.autograd.grad(y, x, gradient)`.
+///
+/// # Errors
+/// A gradient of another shape or dtype, a failed tensor operation.
+pub fn backward_from(y: &Tensor, gradient: &Tensor) -> Result<Gradients> {
+    check::like("backward_from", "gradient", gradient, y, y.dims())?;
+    match steps(y) {
+        Some(steps) => walk(y, gradient.detach(), steps),
+        None => Ok(Gradients(Store::Candle((y * gradient.detach())?.sum_all()?.backward()?))),
+    }
+}
+
+/// The graph behind a tensor, the last operation first; `None` where others than this crate's have a part in it.
+fn steps(tensor: &Tensor) -> Option<Vec<(&Tensor, Step)>> {
+    tensor.sorted_nodes().into_iter().filter(|tensor| !tensor.is_variable()).map(step).collect()
+}
+
+/// Goes back through `steps` with the gradient of the last tensor.
+fn walk(last: &Tensor, first: Tensor, steps: Vec<(&Tensor, Step)>) -> Result<Gradients> {
+    let mut gradients = HashMap::from([(last.id(), first)]);
     for (tensor, step) in steps {
         let Some(gradient) = gradients.remove(&tensor.id()) else { continue };
         match step {
@@ -157,6 +175,22 @@ mod tests {
                 assert!(own.remove(var).is_some() && own.get(var).is_none());
             }
         }
+    }
+
+    #[test]
+    fn a_gradient_to_begin_with_is_that_of_a_weighted_sum() {
+        let (x, norm, g) = (var(&[3, 8]), var(&[8]), tensor(&[3, 8]));
+        let fused = crate::rms_norm(&x, Some(&norm), 1e-6).unwrap();
+        for (y, is_own) in [(fused.clone(), true), (fused.affine(1.0, 0.5).unwrap(), false)] {
+            let expected = (&y * &g).unwrap().sum_all().unwrap().backward().unwrap();
+            let got = backward_from(&y, &g).unwrap();
+            assert_eq!(matches!(got.0, Store::Own(_)), is_own);
+            for var in [&x, &norm] {
+                assert_eq!(bits(got.get(var).unwrap()), bits(expected.get(var).unwrap()));
+            }
+        }
+        let error = backward_from(&fused, &tensor(&[8, 3])).err().unwrap().to_string();
+        assert!(error.contains("gradient must be [3, 8], got [8, 3]"), "{error}");
     }
 
     #[test]

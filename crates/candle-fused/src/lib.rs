@@ -54,7 +54,7 @@ pub mod view;
 #[cfg(all(target_os = "macos", feature = "custom-metal"))]
 pub use backend::MetalKernelCompiler;
 pub use backend::{DeviceKind, fused_ops};
-pub use backward::{Gradients, backward};
+pub use backward::{Gradients, backward, backward_from};
 pub use error::{DeviceError, TrainingError};
 pub use ops::adam::{AdamStep, adam};
 pub use ops::add::add;
