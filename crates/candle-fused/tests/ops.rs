@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_fused::{LoraLayout, Mask, RopeLayout};
 use common::cases::*;
-use common::{Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, values};
+use common::{Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, values, with_less_instructions};
 
 /// The cases of one operation in every size, layout and dtype.
 fn everywhere(cases: fn(usize, Lies) -> Vec<Case>) {
@@ -175,4 +175,14 @@ fn extreme_magnitudes() {
             }
         }
     }
+}
+
+#[test]
+fn less_instructions_pass_the_same_tests() {
+    with_less_instructions(&[
+        "error_rule",
+        "extreme_magnitudes",
+        "same_inputs_same_bits",
+        "weight_gradients",
+    ]);
 }

@@ -10,7 +10,7 @@ use candle_fused::{
     CustomMetalOps, Dropout, LoraLayout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions, TrainingError,
     cross_entropy, frozen_linear, layer_norm, lora_delta, lora_linear, rms_norm, rope, silu_mul, softmax,
 };
-use common::{devices, values};
+use common::{devices, values, with_less_instructions};
 
 const INF: f32 = f32::INFINITY;
 
@@ -301,4 +301,9 @@ fn bad_input_is_an_error_that_says_what_and_why() {
         let message = result.map(|y| format!("{y}")).unwrap_err().to_string();
         assert_eq!(message.lines().next(), Some(expected));
     }
+}
+
+#[test]
+fn less_instructions_keep_the_promises() {
+    with_less_instructions(&["spoil", "mask", "cross_entropy"]);
 }

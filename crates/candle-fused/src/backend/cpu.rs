@@ -1,97 +1,102 @@
 //! Runs row loops on Candle's CPU storage.
 //!
-//! A loop of `cpu/` sees rows of f32 and nothing else. Here rows are found through a tensor's strides, widened if they
-//! are 16-bit, spread over rayon's threads in blocks, and the results rounded once into fresh storage. The blocks
-//! depend on the shape alone, and so does every bit of a result, whatever the number of threads.
+//! Here rows are found through a tensor's strides, spread over threads in blocks, and the results made: fresh storage,
+//! which a loop writes directly. The blocks depend on the shape alone, and so does every bit of a result, whatever the
+//! number of threads.
 
-use std::array;
-use std::mem::{self, MaybeUninit};
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail};
-use half::slice::HalfFloatSliceExt;
+use std::mem::MaybeUninit;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-/// The elements of a task: fewer are not worth waking a thread for.
-const BLOCK: usize = 16 * 1024;
+use crate::cpu::dispatch::{self, Vectorised};
+use crate::cpu::lanes::{Element, Lanes};
+use crate::cpu::rows::{Out, Row, RowLoop};
+
+/// The bytes of a task.
+const TASK: usize = 32 * 1024;
+/// Fewer elements are not worth waking a thread for, which takes about 15 µs.
+const PARALLEL: usize = 192 * 1024;
+/// The same where each element costs an exponential.
+const PARALLEL_EXPONENTIALS: usize = 24 * 1024;
+/// What moves more bytes would not stay in the cache, and is written past it.
+const STREAM: usize = 12 * 1024 * 1024;
 /// The elements of a piece, where rows do not matter.
 const PIECE: usize = 4 * 1024;
 /// A sum over rows has at most so many partial sums, of at least `MIN_ROWS` rows each.
 const MAX_PARTIALS: usize = 64;
 const MIN_ROWS: usize = 16;
 
-/// Computes each row of `M` results from the same row of `N` tensors of one shape, and a statistic of it:
-/// `f(row, inputs, outputs) -> S`. The results have that shape and the given dtype; rows run along the last dimension.
-pub(crate) fn map_rows<const N: usize, const M: usize, S: Clone + Default + Send>(
+/// What a loop leaves: the wanted results in the shape of its inputs, the wanted sums over the rows, and each row's
+/// statistic.
+pub(crate) struct Results<S, const M: usize, const P: usize> {
+    pub(crate) outputs: [Option<Tensor>; M],
+    pub(crate) sums: [Option<Tensor>; P],
+    pub(crate) statistics: Vec<S>,
+}
+
+/// Runs a loop over the rows of tensors of one shape and dtype, along the last dimension.
+pub(crate) fn map_rows<R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize>(
     inputs: [&Tensor; N],
-    dtype: DType,
-    f: impl Fn(usize, [&[f32]; N], [&mut [f32]; M]) -> S + Sync,
-) -> Result<([Tensor; M], Vec<S>)> {
+    wanted: [bool; M],
+    sums: [bool; P],
+    row: &R,
+) -> Result<Results<R::Statistic, M, P>> {
     let (rows, d) = matrix(inputs[0].shape());
-    map(inputs, dtype, rows, d, f)
+    run(inputs, rows, d, wanted, sums, row)
+}
+
+/// The one result of a loop over rows.
+pub(crate) fn map_row<R: RowLoop<N, 1, 0>, const N: usize>(inputs: [&Tensor; N], row: &R) -> Result<Tensor> {
+    let [output] = array_of(map_rows(inputs, [true], [], row)?.outputs.into_iter().flatten().map(Ok))?;
+    Ok(output)
 }
 
 /// As [`map_rows`], where an element of the results depends on the same element of the inputs alone: contiguous inputs
-/// are cut into pieces of any length. `f` gets the row-major index of the first element of its piece.
-pub(crate) fn map_elements<const N: usize, const M: usize>(
+/// are cut into pieces of any length. A row's index is that of its first element.
+pub(crate) fn map_elements<R: RowLoop<N, M, 0>, const N: usize, const M: usize>(
     inputs: [&Tensor; N],
-    dtype: DType,
-    f: impl Fn(usize, [&[f32]; N], [&mut [f32]; M]) + Sync,
-) -> Result<[Tensor; M]> {
+    wanted: [bool; M],
+    row: &R,
+) -> Result<[Option<Tensor>; M]> {
     let shape = inputs[0].shape();
     let (rows, d) = if inputs.iter().all(|input| input.is_contiguous()) {
         (shape.elem_count().div_ceil(PIECE), PIECE)
     } else {
         matrix(shape)
     };
-    let (outputs, _) = map(inputs, dtype, rows, d, |row, inputs, outputs| f(row * d, inputs, outputs))?;
-    Ok(outputs)
+    Ok(run(inputs, rows, d, wanted, [], &Elements { row, d })?.outputs)
 }
 
-/// A statistic of each row: `f(row, inputs)`.
-pub(crate) fn each_row<const N: usize, S: Clone + Default + Send>(
+/// The one result of [`map_elements`].
+pub(crate) fn map_element<R: RowLoop<N, 1, 0>, const N: usize>(
     inputs: [&Tensor; N],
-    f: impl Fn(usize, [&[f32]; N]) -> S + Sync,
-) -> Result<Vec<S>> {
-    let f = |row, inputs: [&[f32]; N], []: [&mut [f32]; 0]| f(row, inputs);
-    let ([], statistics) = map_rows(inputs, DType::F32, f)?;
-    Ok(statistics)
+    row: &R,
+) -> Result<Tensor> {
+    let [output] = array_of(map_elements(inputs, [true], row)?.into_iter().flatten().map(Ok))?;
+    Ok(output)
 }
 
-/// Sums over rows: `f(row, inputs, sums)` adds a row's part to the `M` sums, each of a row's length.
-pub(crate) fn fold_rows<const N: usize, const M: usize>(
-    inputs: [&Tensor; N],
-    dtype: DType,
-    f: impl Fn(usize, [&[f32]; N], [&mut [f32]; M]) + Sync,
-) -> Result<[Tensor; M]> {
-    let (rows, d) = matrix(inputs[0].shape());
-    let block = rows.div_ceil(MAX_PARTIALS).max(MIN_ROWS);
-    let partials = with_rows(inputs, d, |sources| {
-        let partial = |first: usize| {
-            let mut sums: [Vec<f32>; M] = array::from_fn(|_| vec![0.0; d]);
-            let mut scratch = Scratch::<N, 0>::new(sources, d);
-            for row in first..(first + block).min(rows) {
-                let (inputs, []) = scratch.row(sources, row, d);
-                f(row, inputs, sums.each_mut().map(Vec::as_mut_slice));
-            }
-            sums
-        };
-        let firsts: Vec<usize> = (0..rows).step_by(block).collect();
-        match *firsts.as_slice() {
-            [first] => vec![partial(first)],
-            _ => firsts.into_par_iter().map(partial).collect(),
-        }
-    })?;
-    let mut partials = partials.into_iter();
-    let mut total = partials.next().unwrap_or_else(|| array::from_fn(|_| vec![0.0; d]));
-    for partial in partials {
-        for (total, partial) in total.iter_mut().flatten().zip(partial.iter().flatten()) {
-            *total += partial;
-        }
+/// A loop whose rows are counted by elements.
+struct Elements<'a, R> {
+    row: &'a R,
+    d: usize,
+}
+
+// SAFETY: the inner loop's.
+unsafe impl<R: RowLoop<N, M, 0>, const N: usize, const M: usize> RowLoop<N, M, 0> for Elements<'_, R> {
+    type Statistic = R::Statistic;
+
+    const SCRATCH: bool = R::SCRATCH;
+    const EXPONENTIALS: bool = R::EXPONENTIALS;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, N, M, 0>) -> R::Statistic {
+        self.row.row::<L, T>(Row { index: row.index * self.d, ..row })
     }
-    let tensor = |sum| Tensor::from_vec(sum, d, &Device::Cpu)?.to_dtype(dtype);
-    array_of(total.into_iter().map(tensor))
 }
 
 /// The elements of a tensor, in order, as f32.
@@ -101,6 +106,25 @@ pub(crate) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
         return Ok(Vec::new());
     }
     tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+}
+
+/// The elements of tensors, in order, as f32, without a copy where they are that already.
+pub(crate) fn with_f32<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<R>,
+) -> Result<R> {
+    let tensors: [Tensor; N] = array_of(tensors.into_iter().map(|tensor| match tensor.elem_count() {
+        0 => Tensor::zeros(0, DType::F32, &Device::Cpu),
+        _ => tensor.to_dtype(DType::F32)?.contiguous(),
+    }))?;
+    let guards = tensors.each_ref().map(Tensor::storage_and_layout);
+    f(array_of(guards.iter().map(|(storage, layout)| match &**storage {
+        Storage::Cpu(CpuStorage::F32(data)) => {
+            let start = layout.start_offset();
+            Ok(&data[start..start + layout.shape().elem_count()])
+        }
+        _ => bail!("the tensors of one operation must be on one device"),
+    }))?)
 }
 
 /// The number and the length of the rows along the last dimension.
@@ -118,49 +142,38 @@ fn array_of<T, const N: usize>(items: impl Iterator<Item = Result<T>>) -> Result
     items.try_into().or_else(|_| bail!("expected {N} items, got {count}"))
 }
 
-/// Reads `inputs` in rows of `d`, copying only those whose last dimension is not contiguous.
-fn with_rows<const N: usize, R>(
-    inputs: [&Tensor; N],
-    d: usize,
-    f: impl FnOnce(&[Rows; N]) -> R,
-) -> Result<R> {
-    let readable = |tensor: &Tensor| match (tensor.stride(), tensor.dims()) {
-        ([.., 1] | [], _) | (_, [.., 1]) => Ok(tensor.clone()),
-        _ if tensor.elem_count() == 0 => Ok(tensor.clone()),
-        _ => tensor.contiguous(),
-    };
-    let inputs: [Tensor; N] = array_of(inputs.into_iter().map(readable))?;
-    let guards = inputs.each_ref().map(Tensor::storage_and_layout);
-    let rows = array_of(guards.iter().map(|(storage, layout)| match &**storage {
-        Storage::Cpu(storage) => Rows::new(storage, layout, d),
-        _ => bail!("the tensors of one operation must be on one device"),
-    }))?;
-    Ok(f(&rows))
+/// A dtype's elements in Candle's storage.
+trait Stored: Element {
+    fn of(storage: &CpuStorage) -> Option<&[Self]>;
 }
 
+macro_rules! stored {
+    ($T:ty, $variant:ident) => {
+        impl Stored for $T {
+            fn of(storage: &CpuStorage) -> Option<&[Self]> {
+                match storage {
+                    CpuStorage::$variant(data) => Some(data),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+stored!(f32, F32);
+stored!(f16, F16);
+stored!(bf16, BF16);
+
 /// The rows of a tensor: where each begins, and what they hold.
-struct Rows<'a> {
-    data: Data<'a>,
+struct Rows<'a, T> {
+    data: &'a [T],
     offset: usize,
     /// Size and stride of the dimensions that count the rows, outermost first, merged where they can be.
     outer: Vec<(usize, usize)>,
 }
 
-enum Data<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-    BF16(&'a [bf16]),
-}
-
-impl<'a> Rows<'a> {
+impl<'a, T> Rows<'a, T> {
     /// `d` is the last dimension, or any length if the tensor is contiguous.
-    fn new(storage: &'a CpuStorage, layout: &Layout, d: usize) -> Result<Self> {
-        let data = match storage {
-            CpuStorage::F32(data) => Data::F32(data),
-            CpuStorage::F16(data) => Data::F16(data),
-            CpuStorage::BF16(data) => Data::BF16(data),
-            other => bail!("rows must be f32, f16 or bf16, got {}", other.dtype().as_str()),
-        };
+    fn new(data: &'a [T], layout: &Layout, d: usize) -> Self {
         let mut outer: Vec<(usize, usize)> = Vec::new();
         if layout.is_contiguous() {
             outer.push((usize::MAX, d));
@@ -172,167 +185,235 @@ impl<'a> Rows<'a> {
                 }
             }
         }
-        Ok(Self { data, offset: layout.start_offset(), outer })
+        Self { data, offset: layout.start_offset(), outer }
     }
 
-    fn start(&self, mut row: usize) -> usize {
+    /// At a row.
+    fn cursor(&self, mut row: usize) -> Cursor<'_, T> {
         let mut start = self.offset;
+        let mut index = vec![0; self.outer.len()];
         for (i, &(size, stride)) in self.outer.iter().enumerate().rev() {
-            // The outermost index needs no remainder.
-            let index = if i == 0 { row } else { row % size };
+            index[i] = if i == 0 { row } else { row % size };
             row /= size;
-            start += index * stride;
+            start += index[i] * stride;
         }
-        start
+        Cursor { rows: self, index, start }
     }
+}
 
-    /// `len` elements of a row, in place or widened into `scratch`.
-    fn read<'b>(&'b self, row: usize, len: usize, scratch: &'b mut [f32]) -> &'b [f32] {
-        if len == 0 {
-            return &[];
-        }
-        let start = self.start(row);
-        let range = start..start + len;
-        match self.data {
-            Data::F32(data) => &data[range],
-            Data::F16(data) => {
-                data[range].convert_to_f32_slice(&mut scratch[..len]);
-                &scratch[..len]
+/// A row of a tensor.
+struct Cursor<'a, T> {
+    rows: &'a Rows<'a, T>,
+    index: Vec<usize>,
+    start: usize,
+}
+
+impl<'a, T> Cursor<'a, T> {
+    /// The row's first `len` elements; then the next row.
+    #[inline(always)]
+    fn next(&mut self, len: usize) -> &'a [T] {
+        let row = if len == 0 { &[] } else { &self.rows.data[self.start..self.start + len] };
+        for (i, &(size, stride)) in self.rows.outer.iter().enumerate().rev() {
+            self.index[i] += 1;
+            self.start += stride;
+            // The outermost index has no end.
+            if self.index[i] < size || i == 0 {
+                break;
             }
-            Data::BF16(data) => {
-                data[range].convert_to_f32_slice(&mut scratch[..len]);
-                &scratch[..len]
-            }
+            self.start -= size * stride;
+            self.index[i] = 0;
         }
-    }
-
-    fn needs_scratch(&self) -> bool {
-        !matches!(self.data, Data::F32(_))
+        row
     }
 }
 
-/// A thread's row buffers: the widened inputs and the outputs before rounding. They stay in its cache.
-struct Scratch<const N: usize, const M: usize> {
-    inputs: [Vec<f32>; N],
-    outputs: [Vec<f32>; M],
-}
-
-impl<const N: usize, const M: usize> Scratch<N, M> {
-    fn new(rows: &[Rows; N], d: usize) -> Self {
-        let inputs = rows.each_ref().map(|rows| vec![0.0; if rows.needs_scratch() { d } else { 0 }]);
-        Self { inputs, outputs: array::from_fn(|_| vec![0.0; d]) }
-    }
-
-    /// `len` elements of a row of every input, and room for those of every output.
-    fn row<'a>(
-        &'a mut self,
-        rows: &'a [Rows; N],
-        row: usize,
-        len: usize,
-    ) -> ([&'a [f32]; N], [&'a mut [f32]; M]) {
-        let mut buffers = self.inputs.each_mut().map(Vec::as_mut_slice);
-        let inputs = array::from_fn(|k| rows[k].read(row, len, mem::take(&mut buffers[k])));
-        (inputs, self.outputs.each_mut().map(|output| &mut output[..len]))
-    }
-}
-
-/// What a task computes: `first` row, the rows' statistics, and the results as yet unwritten.
-struct Task<'a, T, S, const M: usize> {
-    first: usize,
-    statistics: &'a mut [S],
-    outputs: [&'a mut [MaybeUninit<T>]; M],
-}
-
-fn map<const N: usize, const M: usize, S: Clone + Default + Send>(
+/// `d` elements in each of `rows` rows, the last of which may be shorter.
+fn run<R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize>(
     inputs: [&Tensor; N],
-    dtype: DType,
     rows: usize,
     d: usize,
-    f: impl Fn(usize, [&[f32]; N], [&mut [f32]; M]) -> S + Sync,
-) -> Result<([Tensor; M], Vec<S>)> {
-    let shape = inputs[0].shape();
-    with_rows(inputs, d, |sources| match dtype {
-        DType::F32 => map_into::<f32, N, M, S>(sources, shape, rows, d, f),
-        DType::F16 => map_into::<f16, N, M, S>(sources, shape, rows, d, f),
-        DType::BF16 => map_into::<bf16, N, M, S>(sources, shape, rows, d, f),
-        other => bail!("results must be f32, f16 or bf16, got {}", other.as_str()),
-    })?
+    wanted: [bool; M],
+    sums: [bool; P],
+    row: &R,
+) -> Result<Results<R::Statistic, M, P>> {
+    match inputs[0].dtype() {
+        DType::F32 => run_on::<f32, R, N, M, P>(inputs, rows, d, wanted, sums, row),
+        DType::F16 => run_on::<f16, R, N, M, P>(inputs, rows, d, wanted, sums, row),
+        DType::BF16 => run_on::<bf16, R, N, M, P>(inputs, rows, d, wanted, sums, row),
+        other => bail!("rows must be f32, f16 or bf16, got {}", other.as_str()),
+    }
 }
 
-fn map_into<T: Float, const N: usize, const M: usize, S: Clone + Default + Send>(
-    sources: &[Rows; N],
-    shape: &Shape,
+fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize>(
+    inputs: [&Tensor; N],
     rows: usize,
     d: usize,
-    f: impl Fn(usize, [&[f32]; N], [&mut [f32]; M]) -> S + Sync,
-) -> Result<([Tensor; M], Vec<S>)> {
-    let count = shape.elem_count();
-    let mut statistics = vec![S::default(); rows];
-    let mut results: [Vec<T>; M] = array::from_fn(|_| Vec::with_capacity(count));
+    wanted: [bool; M],
+    wanted_sums: [bool; P],
+    row: &R,
+) -> Result<Results<R::Statistic, M, P>> {
+    let shape = inputs[0].shape();
+    // Only a last dimension that is not contiguous is copied.
+    let readable = |tensor: &Tensor| match (tensor.stride(), tensor.dims()) {
+        ([.., 1] | [], _) | (_, [.., 1]) => Ok(tensor.clone()),
+        _ if tensor.elem_count() == 0 => Ok(tensor.clone()),
+        _ => tensor.contiguous(),
+    };
+    let inputs: [Tensor; N] = array_of(inputs.into_iter().map(readable))?;
+    let guards = inputs.each_ref().map(Tensor::storage_and_layout);
+    let sources: [Rows<T>; N] = array_of(guards.iter().map(|(storage, layout)| match &**storage {
+        Storage::Cpu(storage) => match T::of(storage) {
+            Some(data) => Ok(Rows::new(data, layout, d)),
+            None => bail!("the rows of one operation must have one dtype"),
+        },
+        _ => bail!("the tensors of one operation must be on one device"),
+    }))?;
 
-    let block = (BLOCK / d.max(1)).max(1);
-    let mut free = results.each_mut().map(|result| &mut result.spare_capacity_mut()[..count]);
+    let count = shape.elem_count();
+    let bytes = count * size_of::<T>() * (N + wanted.iter().filter(|wanted| **wanted).count());
+    let sizes = Sizes { count, d, stream: bytes > STREAM };
+    let mut statistics = vec![R::Statistic::default(); rows];
+    let mut results = wanted.map(|wanted| wanted.then(|| Vec::<T>::with_capacity(count)));
+    let mut free = results
+        .each_mut()
+        .map(|result| result.as_mut().map(|result| &mut result.spare_capacity_mut()[..count]));
+
+    // A task's rows make up a partial sum, where there are sums.
+    let summed = wanted_sums.contains(&true);
+    let block = if summed {
+        rows.div_ceil(MAX_PARTIALS).max(MIN_ROWS)
+    } else {
+        (TASK / (d * size_of::<T>()).max(1)).max(1)
+    };
+    let mut partials = vec![0f32; if summed { rows.div_ceil(block) * P * d } else { 0 }];
+    let mut free_partials = partials.as_mut_slice();
     let mut tasks = Vec::with_capacity(rows.div_ceil(block));
     for (index, statistics) in statistics.chunks_mut(block).enumerate() {
         let outputs = free.each_mut().map(|free| {
-            let len = (block * d).min(free.len());
-            free.split_off_mut(..len).unwrap_or_default()
+            free.as_mut().map(|free| {
+                let len = (block * d).min(free.len());
+                free.split_off_mut(..len).unwrap_or_default()
+            })
         });
-        tasks.push(Task { first: index * block, statistics, outputs });
+        let mut partial = free_partials.split_off_mut(..if summed { P * d } else { 0 }).unwrap_or_default();
+        let sums = wanted_sums.map(|wanted| {
+            let sum = partial.split_off_mut(..if summed { d } else { 0 }).unwrap_or_default();
+            wanted.then_some(sum)
+        });
+        tasks.push(Task { first: index * block, statistics, outputs, sums });
     }
-
-    let run = |scratch: &mut Scratch<N, M>, task: Task<T, S, M>| {
-        let mut unwritten = task.outputs;
-        let mut left = count - (task.first * d).min(count);
-        for (row, statistic) in (task.first..).zip(task.statistics) {
-            let len = d.min(left);
-            left -= len;
-            let (inputs, outputs) = scratch.row(sources, row, len);
-            *statistic = f(row, inputs, outputs);
-            for (output, unwritten) in scratch.outputs.iter().zip(&mut unwritten) {
-                T::round(&output[..len], unwritten.split_off_mut(..len).unwrap_or_default());
-            }
+    let worth = if R::EXPONENTIALS { PARALLEL_EXPONENTIALS } else { PARALLEL };
+    spread(tasks, count >= worth, |scratch: &mut Vec<f32>, task| {
+        if R::SCRATCH && scratch.is_empty() {
+            scratch.resize(d, 0.0);
         }
-    };
-    match tasks.len() {
-        0 | 1 => tasks.into_iter().for_each(|task| run(&mut Scratch::new(sources, d), task)),
-        _ => tasks.into_par_iter().for_each_init(|| Scratch::new(sources, d), run),
-    }
+        let work = Block { row, sources: &sources, sizes, scratch, task };
+        dispatch::vectorise(dispatch::isa(), work);
+    });
 
-    for result in &mut results {
-        // SAFETY: `count` elements are within the capacity; the tasks' outputs partition them, each task has written
-        // its own row by row, and a row's rounding writes all of it.
+    for result in results.iter_mut().flatten() {
+        // SAFETY: `count` elements are within the capacity; the tasks' outputs partition them, each task has run its
+        // loop on every row of its own, and a loop writes all of a row.
         unsafe { result.set_len(count) };
     }
-    let tensors = results.into_iter().map(|result| Tensor::from_vec(result, shape, &Device::Cpu));
-    Ok((array_of(tensors)?, statistics))
+    let tensor = |result: Option<Vec<T>>| result.map(|result| Tensor::from_vec(result, shape, &Device::Cpu));
+    let outputs = array_of(results.into_iter().map(|result| tensor(result).transpose()))?;
+    let sum = |k: usize| -> Result<Option<Tensor>> {
+        if !wanted_sums[k] {
+            return Ok(None);
+        }
+        let mut total = vec![0f32; d];
+        for partial in partials.chunks_exact((P * d).max(1)) {
+            for (total, partial) in total.iter_mut().zip(&partial[k * d..]) {
+                *total += partial;
+            }
+        }
+        Tensor::from_vec(total, d, &Device::Cpu)?.to_dtype(T::DTYPE).map(Some)
+    };
+    Ok(Results { outputs, sums: array_of((0..P).map(sum))?, statistics })
 }
 
-/// What a result can be stored as.
-trait Float: WithDType {
-    /// Rounds every element of `row` into `out`, which is as long.
-    fn round(row: &[f32], out: &mut [MaybeUninit<Self>]);
+/// How large the whole is.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Elements.
+    count: usize,
+    /// Elements of a row.
+    d: usize,
+    /// Whether results go past the cache.
+    stream: bool,
 }
 
-impl Float for f32 {
-    fn round(row: &[f32], out: &mut [MaybeUninit<f32>]) {
-        out.write_copy_of_slice(row);
+/// What a task computes: its `first` row, the rows' statistics, the results as yet unwritten, and its partial sums.
+struct Task<'a, T, S, const M: usize, const P: usize> {
+    first: usize,
+    statistics: &'a mut [S],
+    outputs: [Option<&'a mut [MaybeUninit<T>]>; M],
+    sums: [Option<&'a mut [f32]>; P],
+}
+
+/// A task and what it needs.
+struct Block<'a, T, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize> {
+    row: &'a R,
+    sources: &'a [Rows<'a, T>; N],
+    sizes: Sizes,
+    scratch: &'a mut [f32],
+    task: Task<'a, T, R::Statistic, M, P>,
+}
+
+impl<T: Element, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize> Vectorised
+    for Block<'_, T, R, N, M, P>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { row, sources, sizes: Sizes { count, d, stream }, scratch, task } = self;
+        let Task { first, statistics, mut outputs, mut sums } = task;
+        let mut cursors = sources.each_ref().map(|source| source.cursor(first));
+        let mut left = count - (first * d).min(count);
+        for (index, statistic) in (first..).zip(statistics) {
+            let len = d.min(left);
+            left -= len;
+            let inputs = cursors.each_mut().map(|cursor| cursor.next(len));
+            let outputs = outputs.each_mut().map(|outputs| {
+                let outputs = outputs.as_mut()?;
+                Some(Out::new(outputs.split_off_mut(..len).unwrap_or_default(), stream))
+            });
+            let sums = sums.each_mut().map(|sum| sum.as_deref_mut());
+            *statistic = row.row::<L, T>(Row { index, inputs, outputs, sums, scratch });
+        }
+        if stream {
+            L::fence();
+        }
     }
 }
 
-macro_rules! half_float {
-    ($T:ty) => {
-        impl Float for $T {
-            fn round(row: &[f32], out: &mut [MaybeUninit<$T>]) {
-                let mut piece = [<$T>::ZERO; 64];
-                for (row, out) in row.chunks(64).zip(out.chunks_mut(64)) {
-                    let piece = &mut piece[..row.len()];
-                    piece.convert_from_f32_slice(row);
-                    out.write_copy_of_slice(piece);
-                }
+/// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`.
+fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
+    let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
+    if threads <= 1 {
+        let mut state = S::default();
+        for task in tasks {
+            run(&mut state, task);
+        }
+        return;
+    }
+    let queue = Mutex::new(tasks.into_iter());
+    let work = || {
+        let mut state = S::default();
+        loop {
+            let task = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match task {
+                Some(task) => run(&mut state, task),
+                None => break,
             }
         }
     };
+    rayon::in_place_scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
 }
-half_float!(f16);
-half_float!(bf16);

@@ -33,16 +33,14 @@ impl Head<'_> {
     /// The keys that some query of a block sees, and the block's weights `softmax(scale·q·kᵀ)` over these.
     fn weights(&self, first: usize, count: usize) -> (usize, Vec<f32>) {
         let keys = self.visible(first + count - 1);
-        let mut scores = vec![0.0; count * keys];
-        let product = Product { left: self.q.some_rows(first, count), right: self.k.some_rows(0, keys).t() };
-        add_products([count, keys], &[product], &mut scores);
         let mut weights = vec![0.0; count * keys];
+        let product = Product { left: self.q.some_rows(first, count), right: self.k.some_rows(0, keys).t() };
+        add_products([count, keys], &[product], &mut weights);
         if keys > 0 {
-            for (i, (scores, weights)) in
-                scores.chunks_exact(keys).zip(weights.chunks_exact_mut(keys)).enumerate()
-            {
-                let visible = self.visible(first + i);
-                row::forward(self.scale, &scores[..visible], &mut weights[..visible]);
+            for (i, weights) in weights.chunks_exact_mut(keys).enumerate() {
+                let (visible, hidden) = weights.split_at_mut(self.visible(first + i));
+                row::forward_in_place(self.scale, visible);
+                hidden.fill(0.0);
             }
         }
         (keys, weights)
@@ -89,7 +87,7 @@ impl Head<'_> {
         let rows = weights.chunks_exact(keys).zip(of_weights.chunks_exact(keys));
         for (i, ((weights, g), of_scores)) in rows.zip(of_scores.chunks_exact_mut(keys)).enumerate() {
             let visible = self.visible(first + i);
-            row::backward(self.scale, &weights[..visible], &g[..visible], &mut of_scores[..visible]);
+            row::backward_row(self.scale, &weights[..visible], &g[..visible], &mut of_scores[..visible]);
         }
         let matrices = [&weights, &of_scores].map(|matrix| Matrix::of_rows(matrix, [count, keys]));
         let [Ok(weights), Ok(of_scores)] = matrices else { return };

@@ -1,25 +1,103 @@
 //! The log-sum-exp of a row, and the gradient of its cross-entropy.
 
-use super::lanes::{exp, max, sum};
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-/// `log Σ_j exp(x_j) = max + ln(total)`, as `[max, total]`.
-pub(crate) fn log_sum_exp(x: &[f32]) -> [f32; 2] {
-    let max = max(x, |x| x);
-    [max, sum([x], |[x]| exp(x - max))]
+use super::lanes::{Element, Lanes, exp};
+use super::rows::{Row, RowLoop, map, max, one, round, sums, wide};
+
+/// A row longer than this is taken in parts, so that its maximum and the sum over it read the memory once.
+const PART: usize = 4096;
+
+/// A row's `log Σ_j exp(x_j) = max + ln(total)` as `[max, total]`, and its loss.
+pub(crate) type Loss = ([f32; 2], f32);
+
+/// The column each row is to predict; `None` where the row does not count.
+pub(crate) struct Forward<'a> {
+    pub(crate) columns: &'a [Option<usize>],
 }
 
-/// `lse − x`: the cross-entropy of a row whose target's logit is `x`.
-pub(crate) fn loss([max, total]: [f32; 2], x: f32) -> f32 {
-    total.ln() - (x - max)
+// SAFETY: no outputs.
+unsafe impl RowLoop<1, 0, 0> for Forward<'_> {
+    type Statistic = Loss;
+
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 0, 0>) -> Loss {
+        let [x] = row.inputs;
+        let Some(column) = self.columns[row.index] else { return Loss::default() };
+        let [max, total] = log_sum_exp::<L, T>(x);
+        ([max, total], total.ln() - (wide::<L, T>(x[column]) - max))
+    }
 }
 
-/// `dx_j = g·(exp(x_j − lse) − [j = target])`.
-pub(crate) fn backward(x: &[f32], [max, total]: [f32; 2], target: usize, g: f32, dx: &mut [f32]) {
-    let factor = g / total;
-    for (dx, &x) in dx.iter_mut().zip(x) {
-        *dx = exp(x - max) * factor;
+#[inline(always)]
+fn log_sum_exp<L: Lanes, T: Element>(x: &[T]) -> [f32; 2] {
+    let (mut greatest, mut total) = (f32::NEG_INFINITY, 0f32);
+    for part in x.chunks(PART) {
+        let before = greatest;
+        let here = max::<L, T>(
+            part,
+            #[inline(always)]
+            |x| x,
+        );
+        greatest = if here > before { here } else { before };
+        // While nothing is above -inf, every exponential is 0, or NaN.
+        let shift = if greatest == f32::NEG_INFINITY { 0.0 } else { greatest };
+        let [sum] = sums::<1, L, T, 1, 0, 1>(
+            [part],
+            [],
+            #[inline(always)]
+            |[x]: [L; 1], []| [exp(x - L::splat(shift))],
+        );
+        total = total
+            * one::<L>(
+                before - shift,
+                #[inline(always)]
+                |x| exp(x),
+            )
+            + sum;
     }
-    if let Some(dx) = dx.get_mut(target) {
-        *dx -= g;
+    [greatest, total]
+}
+
+/// `dx_j = g·(exp(x_j − lse) − [j = target])`, and 0 where the row does not count.
+pub(crate) struct Backward<'a> {
+    pub(crate) columns: &'a [Option<usize>],
+    /// Each row's `[max, total]`.
+    pub(crate) lse: &'a [[f32; 2]],
+    pub(crate) g: f32,
+}
+
+// SAFETY: `fill` or `map` write the whole row.
+unsafe impl RowLoop<1, 1, 0> for Backward<'_> {
+    type Statistic = ();
+
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
+        let ([x], [Some(mut dx)]) = (row.inputs, row.outputs) else { return };
+        let Some(column) = self.columns[row.index] else { return dx.fill(T::zero()) };
+        let [max, total] = self.lse[row.index];
+        let (max, factor) = (L::splat(max), L::splat(self.g / total));
+        map(
+            [x],
+            [],
+            dx.reborrow(),
+            #[inline(always)]
+            |[x]: [L; 1], []| share(x, max, factor),
+        );
+        let here = one::<L>(
+            wide::<L, T>(x[column]),
+            #[inline(always)]
+            |x| share(x, max, factor),
+        );
+        dx.set(column, round::<L, T>(here - self.g));
     }
+}
+
+#[inline(always)]
+fn share<L: Lanes>(x: L, max: L, factor: L) -> L {
+    exp(x - max) * factor
 }

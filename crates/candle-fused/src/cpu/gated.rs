@@ -1,63 +1,107 @@
-//! `f(gate)·up` of a row, and its gradients. A gate is a function to `[f(z), f′(z)]`.
+//! `f(gate)·up`, and its gradients.
 
-use super::lanes::exp;
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-fn sigmoid(z: f32) -> f32 {
-    1.0 / (1.0 + exp(-z))
-}
+use candlewick_kernels::gated::Gate;
+
+use super::lanes::{Element, Lanes, exp};
+use super::rows::{Row, RowLoop, map, pass};
 
 /// `z·σ(z)` and its slope `σ·(1 + z·(1 − σ))`.
-#[inline]
-pub(crate) fn silu(z: f32) -> [f32; 2] {
-    let s = sigmoid(z);
-    [z * s, s * (1.0 + z * (1.0 - s))]
+#[inline(always)]
+fn silu<L: Lanes>(z: L) -> [L; 2] {
+    let one = L::splat(1.0);
+    let s = one / (one + exp(-z));
+    [z * s, s * (one + z * (one - s))]
 }
 
 /// `z·σ(2t)` and its slope `σ + z·σ·(1 − σ)·2t′`, with `t = √(2/π)·(z + 0.044715·z³)`.
-#[inline]
-pub(crate) fn gelu(z: f32) -> [f32; 2] {
+#[inline(always)]
+fn gelu<L: Lanes>(z: L) -> [L; 2] {
     const TWO_ROOT_TWO_OVER_PI: f32 = 1.595_769;
     const CUBIC: f32 = 0.044_715;
     /// Beyond, σ is 0 or 1 to the last bit, and a cube would overflow.
     const LIMIT: f32 = 16.0;
-    let c = if z > LIMIT { LIMIT } else { z };
-    let c = if c < -LIMIT { -LIMIT } else { c };
-    let twice_t = TWO_ROOT_TWO_OVER_PI * (c + CUBIC * c * c * c);
-    let slope = TWO_ROOT_TWO_OVER_PI * (1.0 + 3.0 * CUBIC * c * c);
+    let one = L::splat(1.0);
+    let c = z.min(L::splat(LIMIT)).max(L::splat(-LIMIT));
+    let twice_t = L::splat(TWO_ROOT_TWO_OVER_PI) * (c + L::splat(CUBIC) * c * c * c);
+    let slope = L::splat(TWO_ROOT_TWO_OVER_PI) * (one + L::splat(3.0 * CUBIC) * c * c);
     // σ·(1 − σ) from the smaller of the two: the greater has lost digits of 1 − σ.
     let e = exp(-twice_t.abs());
-    let greater = 1.0 / (1.0 + e);
+    let greater = one / (one + e);
     let smaller = e * greater;
-    let s = if twice_t < 0.0 { smaller } else { greater };
+    let s = twice_t.if_less(L::splat(0.0), smaller, greater);
     [z * s, s + c * (smaller * greater) * slope]
 }
 
 /// `y = f(gate)·up`.
-#[inline]
-pub(crate) fn forward(f: impl Fn(f32) -> [f32; 2], gate: &[f32], up: &[f32], y: &mut [f32]) {
-    for ((y, &z), &up) in y.iter_mut().zip(gate).zip(up) {
-        *y = f(z)[0] * up;
+pub(crate) struct Forward(pub(crate) Gate);
+
+// SAFETY: `map` writes the whole row.
+unsafe impl RowLoop<2, 1, 0> for Forward {
+    type Statistic = ();
+
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 2, 1, 0>) {
+        let [Some(y)] = row.outputs else { return };
+        match self.0 {
+            Gate::Silu => map(
+                row.inputs,
+                [],
+                y,
+                #[inline(always)]
+                |[z, up]: [L; 2], []| silu(z)[0] * up,
+            ),
+            Gate::Gelu => map(
+                row.inputs,
+                [],
+                y,
+                #[inline(always)]
+                |[z, up]: [L; 2], []| gelu(z)[0] * up,
+            ),
+        }
     }
 }
 
-/// `d_gate = g·up·f′(gate)`.
-#[inline]
-pub(crate) fn backward_gate(
-    f: impl Fn(f32) -> [f32; 2],
-    gate: &[f32],
-    up: &[f32],
-    g: &[f32],
-    d_gate: &mut [f32],
-) {
-    for (((d, &z), &up), &g) in d_gate.iter_mut().zip(gate).zip(up).zip(g) {
-        *d = g * up * f(z)[1];
+/// `d_gate = g·up·f′(gate)` and `d_up = g·f(gate)`, from `gate`, `up` and `g`.
+pub(crate) struct Backward(pub(crate) Gate);
+
+// SAFETY: `pass` writes the whole rows.
+unsafe impl RowLoop<3, 2, 0> for Backward {
+    type Statistic = ();
+
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 3, 2, 0>) {
+        match self.0 {
+            Gate::Silu => gradients(
+                row,
+                #[inline(always)]
+                |z| silu::<L>(z),
+            ),
+            Gate::Gelu => gradients(
+                row,
+                #[inline(always)]
+                |z| gelu::<L>(z),
+            ),
+        }
     }
 }
 
-/// `d_up = g·f(gate)`.
-#[inline]
-pub(crate) fn backward_up(f: impl Fn(f32) -> [f32; 2], gate: &[f32], g: &[f32], d_up: &mut [f32]) {
-    for ((d, &z), &g) in d_up.iter_mut().zip(gate).zip(g) {
-        *d = g * f(z)[0];
-    }
+#[inline(always)]
+fn gradients<L: Lanes, T: Element>(row: Row<'_, T, 3, 2, 0>, f: impl Fn(L) -> [L; 2]) {
+    pass(
+        row.inputs,
+        [],
+        row.outputs,
+        [],
+        #[inline(always)]
+        |[z, up, g]: [L; 3], [], []| {
+            let [value, slope] = f(z);
+            ([g * up * slope, g * value], [])
+        },
+    );
 }

@@ -1,12 +1,17 @@
-//! The loops: one row of f32 at a time, written so that the compiler vectorises them.
+//! The loops: rows over [`lanes`], written once for every instruction set, and blocked matrix products.
 
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
-mod dispatch;
-pub(crate) mod dropout;
+pub(crate) mod dispatch;
+pub(crate) mod elements;
 pub(crate) mod gated;
 pub(crate) mod gemm;
-mod lanes;
+#[cfg(all(test, unix))]
+mod guarded;
+pub(crate) mod lanes;
 pub(crate) mod norm;
 pub(crate) mod rope;
+pub(crate) mod rows;
 pub(crate) mod softmax;
+#[cfg(all(test, unix))]
+mod tests;

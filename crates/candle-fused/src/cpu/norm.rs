@@ -1,121 +1,220 @@
 //! RMS and layer normalisation of a row, and their gradients.
+//!
+//! A row is read from memory once: the sums over it come first, and find it in the cache the next time.
 
-use super::lanes::{sum, wide_sum};
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-/// `1/√(mean(f(x)²) + eps)`, also where the squares overflow or vanish in f32: these rows are summed again in f64.
-#[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
-#[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
-fn reciprocal_deviation(x: &[f32], mean: f32, eps: f32) -> f32 {
-    /// Squares below this may have lost bits to subnormals.
-    const LEAST: f32 = 1e-30;
-    let squares = sum([x], |[x]| (x - mean) * (x - mean));
-    let squares = if (LEAST..f32::INFINITY).contains(&squares) {
+use super::lanes::{Element, Lanes};
+use super::rows::{Row, RowLoop, map, pass, sums, wide_sum};
+
+/// Squares below this may have lost bits to subnormals.
+const LEAST: f32 = 1e-30;
+
+/// The mean where rows are centred, else 0, and `r = 1/√(mean((x − mean)²) + eps)`.
+type Moments = [f32; 2];
+
+/// `Σ (x − mean)²`, also where the squares overflow or vanish in f32: these rows are summed again in f64.
+#[inline(always)]
+fn or_wide<T: Element>(squares: f32, x: &[T], mean: f32) -> f64 {
+    if (LEAST..f32::INFINITY).contains(&squares) {
         f64::from(squares)
     } else {
         wide_sum(x, |x| (x - f64::from(mean)).powi(2))
-    };
-    (squares / x.len() as f64 + f64::from(eps)).sqrt().recip() as f32
+    }
 }
 
-/// `r = 1/√(mean(x²) + eps)`
-pub(crate) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    reciprocal_deviation(x, 0.0, eps)
-}
-
-/// `y = x·r·w`
-pub(crate) fn rms_forward(x: &[f32], weight: Option<&[f32]>, eps: f32, y: &mut [f32]) {
-    affine(x, [0.0, inverse_rms(x, eps)], weight, None, y);
-}
-
-/// The mean and `r = 1/√(mean((x − mean)²) + eps)`.
+#[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
 #[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
-pub(crate) fn moments(x: &[f32], eps: f32) -> [f32; 2] {
-    let total = sum([x], |[x]| x);
+fn reciprocal_deviation(squares: f64, len: usize, eps: f32) -> f32 {
+    (squares / len as f64 + f64::from(eps)).sqrt().recip() as f32
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
+#[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
+fn mean<L: Lanes, T: Element>(x: &[T]) -> f32 {
+    let [total] = sums::<4, L, T, 1, 0, 1>(
+        [x],
+        [],
+        #[inline(always)]
+        |x, []| x,
+    );
     let total = if total.is_finite() { f64::from(total) } else { wide_sum(x, |x| x) };
-    let mean = (total / x.len() as f64) as f32;
-    [mean, reciprocal_deviation(x, mean, eps)]
+    (total / x.len() as f64) as f32
 }
 
-/// `y = (x − mean)·r·w + b`
-pub(crate) fn layer_forward(
-    x: &[f32],
-    weight: Option<&[f32]>,
-    bias: Option<&[f32]>,
-    eps: f32,
-    y: &mut [f32],
-) {
-    affine(x, moments(x, eps), weight, bias, y);
+#[inline(always)]
+#[expect(clippy::cast_precision_loss, reason = "a row's length, to f32's precision")]
+fn per_element(sum: f32, len: usize) -> f32 {
+    sum / len as f32
 }
 
-fn affine(x: &[f32], [mean, r]: [f32; 2], weight: Option<&[f32]>, bias: Option<&[f32]>, y: &mut [f32]) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = (x - mean) * r;
-    }
-    if let Some(weight) = weight {
-        for (y, &w) in y.iter_mut().zip(weight) {
-            *y *= w;
-        }
-    }
-    if let Some(bias) = bias {
-        for (y, &b) in y.iter_mut().zip(bias) {
-            *y += b;
-        }
-    }
+/// `y = (x − mean)·r·w + b`, with the mean of the row where it is `centred`, else 0.
+pub(crate) struct Forward<'a> {
+    pub(crate) centred: bool,
+    pub(crate) eps: f32,
+    pub(crate) weight: Option<&'a [f32]>,
+    pub(crate) bias: Option<&'a [f32]>,
 }
 
-/// `dx = r·(h − x̂·mean(h·x̂))` with `h = g·w`.
-pub(crate) fn rms_backward(x: &[f32], r: f32, weight: Option<&[f32]>, g: &[f32], dx: &mut [f32]) {
-    weigh(g, weight, dx);
-    let along = mean([dx, x], |[h, x]| h * (x * r));
-    for (h, &x) in dx.iter_mut().zip(x) {
-        *h = r * (*h - x * r * along);
-    }
-}
+// SAFETY: `map` writes the whole row.
+unsafe impl RowLoop<1, 1, 0> for Forward<'_> {
+    type Statistic = ();
 
-/// `dx = r·(h − mean(h) − x̂·mean(h·x̂))` with `h = g·w`.
-pub(crate) fn layer_backward(
-    x: &[f32],
-    [mu, r]: [f32; 2],
-    weight: Option<&[f32]>,
-    g: &[f32],
-    dx: &mut [f32],
-) {
-    weigh(g, weight, dx);
-    let shift = mean([dx], |[h]| h);
-    let along = mean([dx, x], |[h, x]| h * ((x - mu) * r));
-    for (h, &x) in dx.iter_mut().zip(x) {
-        *h = r * (*h - shift - (x - mu) * r * along);
-    }
-}
-
-/// `h = g·w`.
-fn weigh(g: &[f32], weight: Option<&[f32]>, h: &mut [f32]) {
-    match weight {
-        None => h.copy_from_slice(g),
-        Some(weight) => {
-            for ((h, &g), &w) in h.iter_mut().zip(g).zip(weight) {
-                *h = g * w;
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
+        let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
+        let mean = if self.centred { mean::<L, T>(x) } else { 0.0 };
+        let [squares] = sums::<4, L, T, 1, 0, 1>(
+            [x],
+            [],
+            #[inline(always)]
+            |[x]: [L; 1], []| {
+                let x = x - L::splat(mean);
+                [x * x]
+            },
+        );
+        let r = reciprocal_deviation(or_wide(squares, x, mean), x.len(), self.eps);
+        let (mean, r) = (L::splat(mean), L::splat(r));
+        match (self.weight, self.bias) {
+            (None, None) => map(
+                [x],
+                [],
+                y,
+                #[inline(always)]
+                |[x]: [L; 1], []| (x - mean) * r,
+            ),
+            (Some(w), None) => map(
+                [x],
+                [w],
+                y,
+                #[inline(always)]
+                |[x]: [L; 1], [w]| (x - mean) * r * w,
+            ),
+            (None, Some(b)) => map(
+                [x],
+                [b],
+                y,
+                #[inline(always)]
+                |[x]: [L; 1], [b]| (x - mean).mul_add(r, b),
+            ),
+            (Some(w), Some(b)) => {
+                map(
+                    [x],
+                    [w, b],
+                    y,
+                    #[inline(always)]
+                    |[x]: [L; 1], [w, b]| ((x - mean) * r).mul_add(w, b),
+                );
             }
         }
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a row's length, to f32's precision")]
-fn mean<const N: usize>(rows: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
-    sum(rows, f) / rows[0].len() as f32
+/// With `x̂ = (x − mean)·r` and `h = g·w`: `dx = r·(h − mean(h) − x̂·mean(h·x̂))`, where `mean(h)` is the centred row's
+/// alone; sums over the rows `dw += g·x̂` and `db += g`.
+pub(crate) struct Backward<'a> {
+    pub(crate) centred: bool,
+    pub(crate) eps: f32,
+    pub(crate) weight: Option<&'a [f32]>,
 }
 
-/// `dw += g·x̂`.
-pub(crate) fn weight_backward(x: &[f32], [mean, r]: [f32; 2], g: &[f32], dw: &mut [f32]) {
-    for ((dw, &g), &x) in dw.iter_mut().zip(g).zip(x) {
-        *dw += g * ((x - mean) * r);
+// SAFETY: `pass` writes the whole row.
+unsafe impl RowLoop<2, 1, 2> for Backward<'_> {
+    type Statistic = ();
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 2, 1, 2>) {
+        match self.weight {
+            None => self.gradients(
+                row,
+                [],
+                #[inline(always)]
+                |g: L, []| g,
+            ),
+            Some(weight) => self.gradients(
+                row,
+                [weight],
+                #[inline(always)]
+                |g: L, [w]| g * w,
+            ),
+        }
     }
 }
 
-/// `db += g`.
-pub(crate) fn bias_backward(g: &[f32], db: &mut [f32]) {
-    for (db, &g) in db.iter_mut().zip(g) {
-        *db += g;
+impl Backward<'_> {
+    #[inline(always)]
+    fn gradients<L: Lanes, T: Element, const K: usize>(
+        &self,
+        row: Row<'_, T, 2, 1, 2>,
+        weight: [&[f32]; K],
+        h: impl Fn(L, [L; K]) -> L,
+    ) {
+        let [x, g] = row.inputs;
+        let ([mean, r], shift, along) = self.sums(x, g, weight, &h);
+        let (mean, r, shift, along) = (L::splat(mean), L::splat(r), L::splat(shift), L::splat(along));
+        pass(
+            [x, g],
+            weight,
+            row.outputs,
+            row.sums,
+            #[inline(always)]
+            |[x, g]: [L; 2], w, [dw, db]: [L; 2]| {
+                let unit = (x - mean) * r;
+                let dx = r * (h(g, w) - shift - unit * along);
+                ([dx], [g.mul_add(unit, dw), db + g])
+            },
+        );
+    }
+
+    /// The moments, `mean(h)` and `mean(h·x̂)`.
+    #[inline(always)]
+    fn sums<L: Lanes, T: Element, const K: usize>(
+        &self,
+        x: &[T],
+        g: &[T],
+        weight: [&[f32]; K],
+        h: &impl Fn(L, [L; K]) -> L,
+    ) -> (Moments, f32, f32) {
+        let len = x.len();
+        let (mean, [squares, total, along, size]) = if self.centred {
+            let mean = mean::<L, T>(x);
+            let sums = sums::<2, L, T, 2, K, 4>(
+                [x, g],
+                weight,
+                #[inline(always)]
+                |[x, g]: [L; 2], w| {
+                    let (x, h) = (x - L::splat(mean), h(g, w));
+                    [x * x, h, h * x, (h * x).abs()]
+                },
+            );
+            (mean, sums)
+        } else {
+            let [squares, along, size] = sums::<2, L, T, 2, K, 3>(
+                [x, g],
+                weight,
+                #[inline(always)]
+                |[x, g]: [L; 2], w| {
+                    let h = h(g, w);
+                    [x * x, h * x, (h * x).abs()]
+                },
+            );
+            (0.0, [squares, 0.0, along, size])
+        };
+        let r = reciprocal_deviation(or_wide(squares, x, mean), len, self.eps);
+        let along = if (LEAST..f32::INFINITY).contains(&size) {
+            along * r
+        } else {
+            // The products have overflowed or vanished; of the unit row they do not.
+            let [along] = sums::<2, L, T, 2, K, 1>(
+                [x, g],
+                weight,
+                #[inline(always)]
+                |[x, g]: [L; 2], w| [h(g, w) * ((x - L::splat(mean)) * L::splat(r))],
+            );
+            along
+        };
+        ([mean, r], per_element(total, len), per_element(along, len))
     }
 }

@@ -1,29 +1,68 @@
 //! The rotation of a row's pairs.
 
-/// Pairs `(i, i + h)`, for `h` angles; columns from `2h` on are copied.
-pub(crate) fn half(x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
-    let (x, y) = split(x, y, 2 * cos.len());
-    let (u, v) = x.split_at(cos.len());
-    let (first, second) = y.split_at_mut(cos.len());
-    for (i, (&c, &s)) in cos.iter().zip(sin).enumerate() {
-        first[i] = u[i] * c - v[i] * s;
-        second[i] = v[i] * c + u[i] * s;
-    }
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+use super::lanes::{Element, Lanes};
+use super::rows::{Row, RowLoop, map, pass};
+
+/// The angles of the rows of `[b, heads, t, d]`; columns beyond the pairs are copied.
+pub(crate) struct Rotation<'a> {
+    /// `[t, w]` or, `per_batch`, `[b, t, w]`. For pairs `(i, i + w)` the tables have one angle for each; for pairs
+    /// `(2i, 2i + 1)` one for each column, the sines of even columns negated.
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    pub(crate) width: usize,
+    pub(crate) interleaved: bool,
+    pub(crate) per_batch: bool,
+    pub(crate) heads: usize,
+    pub(crate) positions: usize,
+    /// By the opposite angle.
+    pub(crate) back: bool,
 }
 
-/// Pairs `(2i, 2i + 1)`, for `h` angles; columns from `2h` on are copied.
-pub(crate) fn interleaved(x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
-    let (x, y) = split(x, y, 2 * cos.len());
-    let pairs = x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut::<2>().0);
-    for (([u, v], y), (&c, &s)) in pairs.zip(cos.iter().zip(sin)) {
-        *y = [u * c - v * s, v * c + u * s];
-    }
-}
+// SAFETY: `pass` and `map` write the columns that are turned, the last `map` the others.
+unsafe impl RowLoop<1, 1, 0> for Rotation<'_> {
+    type Statistic = ();
 
-/// The columns to rotate; the others are copied.
-fn split<'a>(x: &'a [f32], y: &'a mut [f32], rotated: usize) -> (&'a [f32], &'a mut [f32]) {
-    let (x, x_rest) = x.split_at(rotated);
-    let (y, y_rest) = y.split_at_mut(rotated);
-    y_rest.copy_from_slice(x_rest);
-    (x, y)
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
+        let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
+        let batch = if self.per_batch { row.index / (self.heads * self.positions) } else { 0 };
+        let angles = (batch * self.positions + row.index % self.positions) * self.width;
+        let tables = [&self.cos[angles..angles + self.width], &self.sin[angles..angles + self.width]];
+        let sign = L::splat(if self.back { -1.0 } else { 1.0 });
+        let (x, rest) = x.split_at(if self.interleaved { self.width } else { 2 * self.width });
+        let (y, y_rest) = y.split_at(x.len());
+        if self.interleaved {
+            map(
+                [x],
+                tables,
+                y,
+                #[inline(always)]
+                |[x]: [L; 1], [c, s]| x.mul_add(c, x.swap_pairs() * (s * sign)),
+            );
+        } else {
+            let (u, v) = x.split_at(self.width);
+            let (first, second) = y.split_at(self.width);
+            let outputs = [Some(first), Some(second)];
+            pass(
+                [u, v],
+                tables,
+                outputs,
+                [],
+                #[inline(always)]
+                |[u, v]: [L; 2], [c, s], []| {
+                    let s = s * sign;
+                    ([u.mul_add(c, -(v * s)), v.mul_add(c, u * s)], [])
+                },
+            );
+        }
+        map(
+            [rest],
+            [],
+            y_rest,
+            #[inline(always)]
+            |[x]: [L; 1], []| x,
+        );
+    }
 }

@@ -1,20 +1,180 @@
 //! Softmax of a row, and its gradient.
 
-use super::lanes::{exp, map_sum, max, sum};
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-/// `y = softmax(scale·x)`. A row with a NaN or `+inf`, or with nothing above `-inf`, is all NaN.
-pub(crate) fn forward(scale: f32, x: &[f32], y: &mut [f32]) {
-    let m = max(x, |x| scale * x);
-    let total = map_sum(x, y, |x| exp(scale * x - m));
-    for y in y {
-        *y /= total;
+use super::dispatch::{self, Vectorised};
+use super::lanes::{Element, Lanes, exp};
+use super::rows::{Out, Row, RowLoop, map, max, pass, sums};
+
+/// How many entries of a row take part; the others are 0 in the results and are not read.
+#[derive(Clone, Copy)]
+pub(crate) struct Visible {
+    /// Queries of a causal mask, one a row; 0 without one.
+    pub(crate) queries: usize,
+}
+
+impl Visible {
+    /// Query `i` of `q` sees the keys up to `i + (k − q)`, of `k`.
+    #[inline(always)]
+    fn of(self, row: usize, keys: usize) -> usize {
+        if self.queries == 0 { keys } else { row % self.queries + 1 + keys - self.queries }
     }
 }
 
-/// `dx = scale·y·(g − Σ g·y)`.
-pub(crate) fn backward(scale: f32, y: &[f32], g: &[f32], dx: &mut [f32]) {
-    let dot = sum([g, y], |[g, y]| g * y);
-    for ((dx, &y), &g) in dx.iter_mut().zip(y).zip(g) {
-        *dx = scale * y * (g - dot);
+/// `y = softmax(scale·x)`. A row with a NaN or `+inf`, or with nothing above `-inf`, is all NaN.
+pub(crate) struct Forward {
+    pub(crate) scale: f32,
+    pub(crate) visible: Visible,
+}
+
+// SAFETY: `forward` writes what is visible, `fill` the rest.
+unsafe impl RowLoop<1, 1, 0> for Forward {
+    type Statistic = ();
+
+    const SCRATCH: bool = true;
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
+        let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
+        let visible = self.visible.of(row.index, x.len());
+        let (y, hidden) = y.split_at(visible);
+        let scratch = &mut row.scratch[..visible];
+        let factor = exponentials::<L, T>(self.scale, &x[..visible], scratch);
+        map(
+            [&*scratch],
+            [],
+            y,
+            #[inline(always)]
+            |[e]: [L; 1], []| e * L::splat(factor),
+        );
+        hidden.fill(T::zero());
     }
+}
+
+/// Writes `exp(scale·x − max)` and returns the reciprocal of the sum.
+#[inline(always)]
+fn exponentials<L: Lanes, T: Element>(scale: f32, x: &[T], out: &mut [f32]) -> f32 {
+    let scale = L::splat(scale);
+    let greatest = L::splat(max::<L, T>(
+        x,
+        #[inline(always)]
+        |x| x * scale,
+    ));
+    map(
+        [x],
+        [],
+        Out::over(out),
+        #[inline(always)]
+        |[x]: [L; 1], []| exp(x * scale - greatest),
+    );
+    let [total] = sums::<4, L, f32, 1, 0, 1>(
+        [out],
+        [],
+        #[inline(always)]
+        |x, []| x,
+    );
+    total.recip()
+}
+
+/// `dx = scale·y·(g − Σ g·y)`.
+pub(crate) struct Backward {
+    pub(crate) scale: f32,
+    pub(crate) visible: Visible,
+}
+
+// SAFETY: `gradient` writes what is visible, `fill` the rest.
+unsafe impl RowLoop<2, 1, 0> for Backward {
+    type Statistic = ();
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 2, 1, 0>) {
+        let ([y, g], [Some(dx)]) = (row.inputs, row.outputs) else { return };
+        let visible = self.visible.of(row.index, y.len());
+        let (dx, hidden) = dx.split_at(visible);
+        gradient::<L, T>(self.scale, &y[..visible], &g[..visible], dx);
+        hidden.fill(T::zero());
+    }
+}
+
+#[inline(always)]
+fn gradient<L: Lanes, T: Element>(scale: f32, y: &[T], g: &[T], dx: Out<'_, T>) {
+    let [dot] = sums::<4, L, T, 2, 0, 1>(
+        [y, g],
+        [],
+        #[inline(always)]
+        |[y, g]: [L; 2], []| [y * g],
+    );
+    let (scale, dot) = (L::splat(scale), L::splat(dot));
+    map(
+        [y, g],
+        [],
+        dx,
+        #[inline(always)]
+        |[y, g]: [L; 2], []| scale * y * (g - dot),
+    );
+}
+
+/// One row of scores to weights, in place: [`Forward`] without a mask.
+pub(crate) fn forward_in_place(scale: f32, scores: &mut [f32]) {
+    struct Work<'a>(f32, &'a mut [f32]);
+    impl Vectorised for Work<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            let Self(scale, row) = self;
+            let scale = L::splat(scale);
+            let greatest = L::splat(max::<L, f32>(
+                row,
+                #[inline(always)]
+                |x| x * scale,
+            ));
+            in_place(
+                row,
+                #[inline(always)]
+                |x: L| exp(x * scale - greatest),
+            );
+            let [total] = sums::<4, L, f32, 1, 0, 1>(
+                [row],
+                [],
+                #[inline(always)]
+                |x, []| x,
+            );
+            let factor = L::splat(total.recip());
+            in_place(
+                row,
+                #[inline(always)]
+                |x: L| x * factor,
+            );
+        }
+    }
+    dispatch::vectorise(dispatch::isa(), Work(scale, scores));
+}
+
+#[inline(always)]
+fn in_place<L: Lanes>(row: &mut [f32], f: impl Fn(L) -> L) {
+    pass::<L, f32, f32, 0, 0, 0, 1>(
+        [],
+        [],
+        [],
+        [Some(row)],
+        #[inline(always)]
+        |[], [], [x]| ([], [f(x)]),
+    );
+}
+
+/// [`Backward`] of one row without a mask.
+pub(crate) fn backward_row(scale: f32, y: &[f32], g: &[f32], dx: &mut [f32]) {
+    struct Work<'a>(f32, [&'a [f32]; 2], &'a mut [f32]);
+    impl Vectorised for Work<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            let Self(scale, [y, g], dx) = self;
+            gradient::<L, f32>(scale, y, g, Out::over(dx));
+        }
+    }
+    dispatch::vectorise(dispatch::isa(), Work(scale, [y, g], dx));
 }

@@ -9,11 +9,12 @@
 //! Kingma & Ba, "Adam" (2015); Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (2019). It is a step of an
 //! optimizer, and has no gradient.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 use crate::backend::cpu::map_elements;
 use crate::backend::{self, Attempt, Kernel};
 use crate::check;
+use crate::cpu::elements as row;
 
 const OP: &str = "adam";
 
@@ -85,18 +86,11 @@ impl Kernel for Step<'_> {
         let [new1, old2, new2] = [1.0 - beta1, beta2, 1.0 - beta2].map(|x| x as f32);
         let [eps, rate, part, shrink, l2] = [eps, rate, 1.0 / root, shrink, l2].map(|x| x as f32);
         let inputs = [self.value, self.first, self.second, self.gradient].map(Tensor::detach);
-        map_elements(inputs.each_ref(), DType::F32, |_, [value, first, second, gradient], [to, to1, to2]| {
-            let inputs = value.iter().zip(first).zip(second).zip(gradient);
-            let outputs = to.iter_mut().zip(to1).zip(to2);
-            for ((((&x, &m), &v), &g), ((to, to1), to2)) in inputs.zip(outputs) {
-                let g = if l2 == 0.0 { g } else { g + x * l2 };
-                let m = m + (g - m) * new1;
-                let v = v * old2 + g * g * new2;
-                *to = x * shrink - m / (v.sqrt() * part + eps) * rate;
-                *to1 = m;
-                *to2 = v;
-            }
-        })
+        let step = row::Adam { new1, old2, new2, eps, rate, part, shrink, l2 };
+        match map_elements(inputs.each_ref(), [true; 3], &step)? {
+            [Some(value), Some(first), Some(second)] => Ok([value, first, second]),
+            _ => bail!("{OP}: the loop left no result"),
+        }
     }
 
     /// Candle's operations, one after the other.

@@ -2,9 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::backend::cpu::map_elements;
+use crate::backend::cpu::map_element;
 use crate::backend::{self, Attempt, Kernel};
 use crate::check;
+use crate::cpu::elements as row;
 use crate::graph::{self, Backward};
 
 const OP: &str = "add";
@@ -60,12 +61,7 @@ impl Kernel for Sum<'_> {
     type Output = Tensor;
 
     fn cpu(&self) -> Result<Tensor> {
-        let [sum] = map_elements([self.x, self.y], self.x.dtype(), |_, [x, y], [sum]| {
-            for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
-                *sum = x + y;
-            }
-        })?;
-        Ok(sum)
+        map_element([self.x, self.y], &row::Add)
     }
 
     /// Candle's own sum is the kernel.

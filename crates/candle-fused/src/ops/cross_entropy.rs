@@ -10,7 +10,7 @@ use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use candlewick_kernels::Element;
 use candlewick_kernels::cross_entropy::CrossEntropy as Plans;
 
-use crate::backend::cpu::{each_row, map_rows, to_vec};
+use crate::backend::cpu::{map_row, map_rows, to_vec};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::cross_entropy as row;
@@ -130,14 +130,8 @@ impl Kernel for Forward<'_> {
     #[expect(clippy::cast_precision_loss, reason = "a number of rows, to f32's precision")]
     fn cpu(&self) -> Result<[Tensor; 3]> {
         let columns = columns(OP, self.targets, self.logits.dim(1)?, self.ignore_index)?;
-        let rows = each_row([self.logits], |i, [x]| match columns[i] {
-            Some(column) => {
-                let lse = row::log_sum_exp(x);
-                (lse, row::loss(lse, x[column]))
-            }
-            None => Default::default(),
-        })?;
-        let (lse, losses): (Vec<[f32; 2]>, Vec<f32>) = rows.into_iter().unzip();
+        let rows = map_rows([self.logits], [], [], &row::Forward { columns: &columns })?;
+        let (lse, losses): (Vec<[f32; 2]>, Vec<f32>) = rows.statistics.into_iter().unzip();
         let total: f64 = losses.into_iter().map(f64::from).sum();
         let counted = columns.iter().flatten().count();
         let loss = (total / counted.max(1) as f64) as f32;
@@ -172,11 +166,7 @@ impl Kernel for Gradient<'_> {
         let (lse, counted) = (to_vec(lse)?, counted.flatten_all()?.get(0)?.to_scalar::<f32>()?);
         let (lse, _) = lse.as_chunks::<2>();
         let g = self.g.to_scalar::<f32>()? / counted.max(1.0);
-        let ([dx], _) = map_rows([self.logits], self.logits.dtype(), |i, [x], [dx]| match columns[i] {
-            Some(column) => row::backward(x, lse[i], column, g, dx),
-            None => dx.fill(0.0),
-        })?;
-        Ok(dx)
+        map_row([self.logits], &row::Backward { columns: &columns, lse, g })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {

@@ -6,7 +6,7 @@ use candle_core::{Result, Shape, Tensor};
 pub(super) use candlewick_kernels::gated::Gate;
 use candlewick_kernels::gated::{GatedGradients, GatedMul};
 
-use crate::backend::cpu::map_elements;
+use crate::backend::cpu::{map_element, map_elements};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::gated as row;
@@ -56,15 +56,7 @@ impl Kernel for Forward<'_> {
     type Output = Tensor;
 
     fn cpu(&self) -> Result<Tensor> {
-        let [y] = match self.f {
-            Gate::Silu => map_elements([self.gate, self.up], self.gate.dtype(), |_, [gate, up], [y]| {
-                row::forward(row::silu, gate, up, y);
-            }),
-            Gate::Gelu => map_elements([self.gate, self.up], self.gate.dtype(), |_, [gate, up], [y]| {
-                row::forward(row::gelu, gate, up, y);
-            }),
-        }?;
-        Ok(y)
+        map_element([self.gate, self.up], &row::Forward(self.f))
     }
 
     fn gpu(&self) -> Attempt<Tensor> {
@@ -84,35 +76,12 @@ struct Gradients<'a> {
     wanted: [bool; 2],
 }
 
-impl Gradients<'_> {
-    fn loops(&self, f: impl Fn(f32) -> [f32; 2] + Sync + Copy) -> Result<[Option<Tensor>; 2]> {
-        let dtype = self.gate.dtype();
-        let d_gate = || -> Result<Tensor> {
-            let inputs = [self.gate, self.up, self.g];
-            let [d] =
-                map_elements(inputs, dtype, |_, [gate, up, g], [d]| row::backward_gate(f, gate, up, g, d))?;
-            Ok(d)
-        };
-        let d_up = || -> Result<Tensor> {
-            let [d] = map_elements([self.gate, self.g], dtype, |_, [gate, g], [d]| {
-                row::backward_up(f, gate, g, d);
-            })?;
-            Ok(d)
-        };
-        let [gate, up] = self.wanted;
-        Ok([gate.then(d_gate).transpose()?, up.then(d_up).transpose()?])
-    }
-}
-
 impl Kernel for Gradients<'_> {
     /// Those of the gate and of up that are wanted.
     type Output = [Option<Tensor>; 2];
 
     fn cpu(&self) -> Result<Self::Output> {
-        match self.f {
-            Gate::Silu => self.loops(row::silu),
-            Gate::Gelu => self.loops(row::gelu),
-        }
+        map_elements([self.gate, self.up, self.g], self.wanted, &row::Backward(self.f))
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {

@@ -7,7 +7,7 @@
 use candle_core::{D, DType, Result, Shape, Tensor};
 use candlewick_kernels::layer_norm::{LayerNorm as Plans, LayerNormGradients};
 
-use crate::backend::cpu::{each_row, fold_rows, map_rows, to_vec};
+use crate::backend::cpu::{Results, map_row, map_rows, to_vec};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::norm as row;
@@ -144,10 +144,8 @@ impl Kernel for Forward<'_> {
     fn cpu(&self) -> Result<Tensor> {
         let weight = self.weight.map(to_vec).transpose()?;
         let bias = self.bias.map(to_vec).transpose()?;
-        let ([y], _) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
-            row::layer_forward(x, weight.as_deref(), bias.as_deref(), self.eps, y);
-        })?;
-        Ok(y)
+        let (weight, bias) = (weight.as_deref(), bias.as_deref());
+        map_row([self.x], &row::Forward { centred: true, eps: self.eps, weight, bias })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {
@@ -173,27 +171,12 @@ impl Kernel for Gradients<'_> {
     type Output = [Option<Tensor>; 3];
 
     fn cpu(&self) -> Result<Self::Output> {
-        let dtype = self.x.dtype();
-        let weight = self.weight.map(to_vec).transpose()?;
-        let moments = each_row([self.x], |_, [x]| row::moments(x, self.eps))?;
-        let dx = || -> Result<Tensor> {
-            let ([dx], _) = map_rows([self.x, self.g], dtype, |i, [x, g], [dx]| {
-                row::layer_backward(x, moments[i], weight.as_deref(), g, dx);
-            })?;
-            Ok(dx)
-        };
-        let dw = || -> Result<Tensor> {
-            let [dw] = fold_rows([self.x, self.g], dtype, |i, [x, g], [dw]| {
-                row::weight_backward(x, moments[i], g, dw);
-            })?;
-            Ok(dw)
-        };
-        let db = || -> Result<Tensor> {
-            let [db] = fold_rows([self.g], dtype, |_, [g], [db]| row::bias_backward(g, db))?;
-            Ok(db)
-        };
         let LayerNormGradients { x, weight, bias } = self.wanted;
-        Ok([x.then(dx).transpose()?, weight.then(dw).transpose()?, bias.then(db).transpose()?])
+        let values = self.weight.map(to_vec).transpose()?;
+        let row = row::Backward { centred: true, eps: self.eps, weight: values.as_deref() };
+        let Results { outputs: [dx], sums: [dw, db], .. } =
+            map_rows([self.x, self.g], [x], [weight, bias], &row)?;
+        Ok([dx, dw, db])
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {

@@ -9,11 +9,11 @@
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
-use crate::backend::cpu::{map_rows, to_vec};
+use crate::backend::cpu::{map_element, to_vec};
 use crate::backend::products::{product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
-use crate::cpu::dropout as row;
+use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::graph::{self, Backward, tracked};
 use crate::philox::{halves, philox4x32};
@@ -168,11 +168,7 @@ impl Sum<'_> {
 
 /// `D(x)` in f32, on the processor.
 fn dropped(dropout: Dropout, x: &Tensor) -> Result<Tensor> {
-    let ([y], _) = map_rows([x], DType::F32, |i, [x], [y]| {
-        y.copy_from_slice(x);
-        row::drop(dropout, i * x.len(), y);
-    })?;
-    Ok(y)
+    map_element([&x.to_dtype(DType::F32)?], &row::Drop(dropout))
 }
 
 /// `x·Wᵀ + bias`, recorded.

@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Result, Shape, Tensor};
 use candlewick_kernels::rms_norm::{RmsNorm as Plans, RmsNormGradients};
 
-use crate::backend::cpu::{each_row, fold_rows, map_rows, to_vec};
+use crate::backend::cpu::{Results, map_row, map_rows, to_vec};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::norm as row;
@@ -102,10 +102,8 @@ impl Kernel for Forward<'_> {
 
     fn cpu(&self) -> Result<Tensor> {
         let weight = self.weight.map(to_vec).transpose()?;
-        let ([y], _) = map_rows([self.x], self.x.dtype(), |_, [x], [y]| {
-            row::rms_forward(x, weight.as_deref(), self.eps, y);
-        })?;
-        Ok(y)
+        let (centred, weight) = (false, weight.as_deref());
+        map_row([self.x], &row::Forward { centred, eps: self.eps, weight, bias: None })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {
@@ -129,22 +127,12 @@ impl Kernel for Gradients<'_> {
     type Output = [Option<Tensor>; 2];
 
     fn cpu(&self) -> Result<Self::Output> {
-        let dtype = self.x.dtype();
-        let weight = self.weight.map(to_vec).transpose()?;
-        let r = each_row([self.x], |_, [x]| row::inverse_rms(x, self.eps))?;
-        let dx = || -> Result<Tensor> {
-            let ([dx], _) = map_rows([self.x, self.g], dtype, |i, [x, g], [dx]| {
-                row::rms_backward(x, r[i], weight.as_deref(), g, dx);
-            })?;
-            Ok(dx)
-        };
-        let dw = || -> Result<Tensor> {
-            let [dw] = fold_rows([self.x, self.g], dtype, |i, [x, g], [dw]| {
-                row::weight_backward(x, [0.0, r[i]], g, dw);
-            })?;
-            Ok(dw)
-        };
-        Ok([self.wanted.x.then(dx).transpose()?, self.wanted.weight.then(dw).transpose()?])
+        let RmsNormGradients { x, weight } = self.wanted;
+        let values = self.weight.map(to_vec).transpose()?;
+        let row = row::Backward { centred: false, eps: self.eps, weight: values.as_deref() };
+        let Results { outputs: [dx], sums: [dw, _], .. } =
+            map_rows([self.x, self.g], [x], [weight, false], &row)?;
+        Ok([dx, dw])
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {

@@ -8,7 +8,7 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 use candlewick_kernels::rope::Rope as Plans;
 
-use crate::backend::cpu::{map_rows, to_vec};
+use crate::backend::cpu::{map_row, with_f32};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::rope as row;
@@ -130,25 +130,23 @@ impl Kernel for Rotation<'_> {
     type Output = Tensor;
 
     fn cpu(&self) -> Result<Tensor> {
-        let (_, heads, t, _) = self.x.dims4()?;
-        let half = self.cos.dim(D::Minus1)?;
-        let (cos, mut sin) = (to_vec(self.cos)?, to_vec(self.sin)?);
-        if self.back {
-            for sin in &mut sin {
-                *sin = -*sin;
-            }
-        }
-        let rotate = match self.layout {
-            RopeLayout::Half => row::half,
-            RopeLayout::Interleaved => row::interleaved,
+        let (_, heads, positions, _) = self.x.dims4()?;
+        let interleaved = self.layout == RopeLayout::Interleaved;
+        let (cos, sin) = if interleaved {
+            // An angle for each column.
+            let both = |first: &Tensor, second: &Tensor| {
+                Tensor::stack(&[first, second], D::Minus1)?.flatten_from(D::Minus2)
+            };
+            (both(self.cos, self.cos)?, both(&self.sin.neg()?, self.sin)?)
+        } else {
+            (self.cos.clone(), self.sin.clone())
         };
-        let per_batch = self.cos.rank() == 3;
-        let ([y], _) = map_rows([self.x], self.x.dtype(), |i, [x], [y]| {
-            let batch = if per_batch { i / (heads * t) } else { 0 };
-            let angles = (batch * t + i % t) * half..(batch * t + i % t + 1) * half;
-            rotate(x, &cos[angles.clone()], &sin[angles], y);
-        })?;
-        Ok(y)
+        with_f32([&cos, &sin], |[cos_values, sin_values]| {
+            let (width, per_batch, back) = (cos.dim(D::Minus1)?, self.cos.rank() == 3, self.back);
+            let (cos, sin) = (cos_values, sin_values);
+            let row = row::Rotation { cos, sin, width, interleaved, per_batch, heads, positions, back };
+            map_row([self.x], &row)
+        })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {

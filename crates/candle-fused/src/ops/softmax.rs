@@ -8,7 +8,7 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 use candlewick_kernels::softmax::Softmax as Plans;
 
-use crate::backend::cpu::map_rows;
+use crate::backend::cpu::map_row;
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::softmax as row;
@@ -115,17 +115,13 @@ fn plans(x: &Tensor, options: SoftmaxOptions) -> Result<Plans> {
     Ok(Plans { rows, columns, storage: gpu::storage(x)?, scale: options.scale, causal_queries })
 }
 
-/// How many entries of a row are visible.
-fn visible(x: &Tensor, mask: Mask) -> impl Fn(usize) -> usize {
-    let (q, k) = match *x.dims() {
-        [.., q, k] => (q, k),
-        [k] => (1, k),
-        [] => (1, 1),
+/// What the loops need to know of the mask.
+fn visible(x: &Tensor, mask: Mask) -> Result<row::Visible> {
+    let queries = match mask {
+        Mask::None => 0,
+        Mask::Causal => x.dim(D::Minus2)?,
     };
-    move |row| match mask {
-        Mask::None => k,
-        Mask::Causal => row % q + (k - q) + 1,
-    }
+    Ok(row::Visible { queries })
 }
 
 struct Forward<'a> {
@@ -137,13 +133,8 @@ impl Kernel for Forward<'_> {
     type Output = Tensor;
 
     fn cpu(&self) -> Result<Tensor> {
-        let visible = visible(self.x, self.options.mask);
-        let ([y], _) = map_rows([self.x], self.x.dtype(), |i, [x], [y]| {
-            let (seen, hidden) = y.split_at_mut(visible(i));
-            row::forward(self.options.scale, &x[..seen.len()], seen);
-            hidden.fill(0.0);
-        })?;
-        Ok(y)
+        let visible = visible(self.x, self.options.mask)?;
+        map_row([self.x], &row::Forward { scale: self.options.scale, visible })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {
@@ -162,13 +153,8 @@ impl Kernel for Gradient<'_> {
     type Output = Tensor;
 
     fn cpu(&self) -> Result<Tensor> {
-        let visible = visible(self.y, self.options.mask);
-        let ([dx], _) = map_rows([self.y, self.g], self.y.dtype(), |i, [y, g], [dx]| {
-            let (seen, hidden) = dx.split_at_mut(visible(i));
-            row::backward(self.options.scale, &y[..seen.len()], &g[..seen.len()], seen);
-            hidden.fill(0.0);
-        })?;
-        Ok(dx)
+        let visible = visible(self.y, self.options.mask)?;
+        map_row([self.y, self.g], &row::Backward { scale: self.options.scale, visible })
     }
 
     fn gpu(&self) -> Attempt<Tensor> {

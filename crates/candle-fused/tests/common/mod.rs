@@ -30,6 +30,26 @@ pub fn devices() -> Vec<Device> {
     devices
 }
 
+/// Runs tests of this binary again, in a process for each set of instructions that the CPU's loops may be capped to and
+/// that is less than the processor has.
+pub fn with_less_instructions(filters: &[&str]) {
+    if std::env::var_os("CANDLE_FUSED_SIMD").is_some() {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    let caps =
+        if is_x86_feature_detected!("avx512f") { vec!["scalar", "avx2", "avx512"] } else { vec!["scalar"] };
+    #[cfg(not(target_arch = "x86_64"))]
+    let caps = ["scalar"];
+    for cap in caps {
+        let mut tests = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = tests.args(filters).env("CANDLE_FUSED_SIMD", cap).output().unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "capped to {cap}:\n{printed}");
+        assert!(!printed.contains("running 0 tests"), "{filters:?} are no tests");
+    }
+}
+
 /// Where an argument lies in its storage.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Lies {

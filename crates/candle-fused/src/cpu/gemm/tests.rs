@@ -6,10 +6,7 @@
 #![expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "small integers; rounding")]
 
 use super::*;
-
-fn instruction_sets() -> impl Iterator<Item = Isa> {
-    [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].into_iter().filter(|&isa| isa <= dispatch::isa())
-}
+use crate::cpu::dispatch::instruction_sets;
 
 /// Small multiples of 1/8: exact in every dtype.
 fn value(i: usize) -> f32 {
@@ -174,61 +171,11 @@ fn a_matrix_ends_within_its_data() {
     assert!(Matrix::new(Data::F32(&data), 99, [0, 4], [4, 1]).is_some());
 }
 
-/// Memory that ends where a page begins that nobody may touch: a read or write beyond the last element ends the process.
-#[cfg(unix)]
-mod guarded {
-    use std::{ptr, slice};
-
-    pub(super) struct Guarded<T> {
-        pages: *mut libc::c_void,
-        size: usize,
-        first: *mut T,
-        len: usize,
-    }
-
-    impl<T: Copy> Guarded<T> {
-        pub(super) fn new(values: &[T]) -> Self {
-            const PAGE: usize = 1 << 16;
-            let bytes = size_of_val(values);
-            let usable = bytes.next_multiple_of(PAGE);
-            let size = usable + PAGE;
-            // SAFETY: a fresh private mapping, whose last page is then closed; the values fit before it.
-            unsafe {
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-                let pages =
-                    libc::mmap(ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
-                assert!(pages != libc::MAP_FAILED);
-                assert_eq!(libc::mprotect(pages.byte_add(usable), PAGE, libc::PROT_NONE), 0);
-                let first = pages.byte_add(usable - bytes).cast::<T>();
-                ptr::copy_nonoverlapping(values.as_ptr(), first, values.len());
-                Self { pages, size, first, len: values.len() }
-            }
-        }
-
-        pub(super) fn get(&self) -> &[T] {
-            // SAFETY: initialised by `new`.
-            unsafe { slice::from_raw_parts(self.first, self.len) }
-        }
-
-        pub(super) fn get_mut(&mut self) -> &mut [T] {
-            // SAFETY: initialised by `new`, and borrowed by nobody else.
-            unsafe { slice::from_raw_parts_mut(self.first, self.len) }
-        }
-    }
-
-    impl<T> Drop for Guarded<T> {
-        fn drop(&mut self) {
-            // SAFETY: the mapping of `new`.
-            unsafe { libc::munmap(self.pages, self.size) };
-        }
-    }
-}
-
 /// Nothing is read or written beyond a matrix's last element.
 #[cfg(unix)]
 #[test]
 fn the_loops_stay_within_their_matrices() {
-    use guarded::Guarded;
+    use crate::cpu::guarded::Guarded;
     let sizes =
         [(1, 1, 1), (2, 3, 5), (5, 7, 9), (6, 8, 16), (7, 9, 17), (13, 257, 33), (12, 33, 32), (25, 64, 48)];
     let lying = [Lies::Rows, Lies::Columns, Lies::Apart];

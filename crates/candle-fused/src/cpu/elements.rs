@@ -1,0 +1,104 @@
+//! Loops without rows: a sum, a step of Adam, and the mask of dropout.
+
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+use super::lanes::{Element, Lanes};
+use super::rows::{Row, RowLoop, map, pass};
+use crate::ops::lora_linear::Dropout;
+
+/// `x + y`.
+pub(crate) struct Add;
+
+// SAFETY: `map` writes the whole row.
+unsafe impl RowLoop<2, 1, 0> for Add {
+    type Statistic = ();
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 2, 1, 0>) {
+        let [Some(sum)] = row.outputs else { return };
+        map(
+            row.inputs,
+            [],
+            sum,
+            #[inline(always)]
+            |[x, y]: [L; 2], []| x + y,
+        );
+    }
+}
+
+/// Value, moments and gradient to the next value and moments: see [`AdamStep`](crate::ops::adam::AdamStep).
+pub(crate) struct Adam {
+    /// `1 − β₁`, `β₂` and `1 − β₂`.
+    pub(crate) new1: f32,
+    pub(crate) old2: f32,
+    pub(crate) new2: f32,
+    pub(crate) eps: f32,
+    pub(crate) rate: f32,
+    /// `1/root`
+    pub(crate) part: f32,
+    pub(crate) shrink: f32,
+    pub(crate) l2: f32,
+}
+
+// SAFETY: `pass` writes the whole rows.
+unsafe impl RowLoop<4, 3, 0> for Adam {
+    type Statistic = ();
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 4, 3, 0>) {
+        let [new1, old2, new2] = [self.new1, self.old2, self.new2].map(L::splat);
+        let [eps, rate, part, shrink, l2] =
+            [self.eps, self.rate, self.part, self.shrink, self.l2].map(L::splat);
+        pass(
+            row.inputs,
+            [],
+            row.outputs,
+            [],
+            #[inline(always)]
+            |[x, m, v, g]: [L; 4], [], []| {
+                let g = if self.l2 == 0.0 { g } else { g + x * l2 };
+                let m = m + (g - m) * new1;
+                let v = v * old2 + g * g * new2;
+                ([x * shrink - m / (v.sqrt() * part + eps) * rate, m, v], [])
+            },
+        );
+    }
+}
+
+/// Multiplies by the mask.
+pub(crate) struct Drop(pub(crate) Dropout);
+
+// SAFETY: `map` writes the whole row.
+unsafe impl RowLoop<1, 1, 0> for Drop {
+    type Statistic = ();
+
+    const SCRATCH: bool = true;
+    const EXPONENTIALS: bool = true;
+
+    #[inline(always)]
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
+        let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
+        let factors = &mut row.scratch[..x.len()];
+        mask(self.0, row.index, factors);
+        map(
+            [x],
+            [&*factors],
+            y,
+            #[inline(always)]
+            |[x]: [L; 1], [factor]| x * factor,
+        );
+    }
+}
+
+/// The factors of consecutive elements, the first of which has this index.
+fn mask(dropout: Dropout, first: usize, factors: &mut [f32]) {
+    let mut index = first;
+    let mut rest = factors;
+    while !rest.is_empty() {
+        let lane = index % 4;
+        let block = dropout.factors(index as u64 / 4);
+        let here = rest.split_off_mut(..rest.len().min(4 - lane)).unwrap_or_default();
+        index += here.len();
+        here.copy_from_slice(&block[lane..lane + here.len()]);
+    }
+}

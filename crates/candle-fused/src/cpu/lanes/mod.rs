@@ -1,0 +1,205 @@
+//! Sixteen floats at once, whatever the processor: what the row loops are written over.
+//!
+//! A loop is generic over [`Lanes`] and says each thing once; `dispatch` compiles it for every instruction set and picks
+//! one at run time. There are always sixteen lanes, in one register of AVX-512, two of AVX2 or four of NEON, so that the
+//! order of additions is the same everywhere. (With FMA a product is not rounded before it is added, without it is.)
+//!
+//! Storage of 16 bits is widened as it is loaded and rounded as it is stored, to the nearest, ties to even, NaN kept.
+//! The conversion of `AVX512_BF16` is not used: it takes subnormal numbers for zero.
+//!
+//! Every function here and in the loops is `#[inline(always)]`, closures included: only what is inlined into the
+//! function that enables the instructions is compiled for them.
+
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
+pub(super) mod portable;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86;
+
+use std::mem::MaybeUninit;
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+use candle_core::WithDType;
+use half::{bf16, f16};
+
+/// How many there are.
+pub(crate) const LANES: usize = 16;
+
+/// Sixteen elements of a row.
+pub(crate) type Piece<T> = [T; LANES];
+/// Room for sixteen elements.
+pub(crate) type Room<T> = [MaybeUninit<T>; LANES];
+
+/// Sixteen lanes of f32.
+///
+/// A value of a type that needs instructions exists only below `dispatch::vectorise`, which has asked the processor.
+pub(crate) trait Lanes:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
+{
+    /// `x` in every lane.
+    fn splat(x: f32) -> Self;
+    fn load(from: &Piece<f32>) -> Self;
+    fn load_f16(from: &Piece<f16>) -> Self;
+    fn load_bf16(from: &Piece<bf16>) -> Self;
+    fn store(self, to: &mut Room<f32>);
+    fn store_f16(self, to: &mut Room<f16>);
+    fn store_bf16(self, to: &mut Room<bf16>);
+
+    /// [`Self::store`] past the cache, to an address that is a multiple of 16. [`Self::fence`] orders it.
+    ///
+    /// # Safety
+    /// The address must be such a multiple.
+    unsafe fn stream(self, to: &mut Room<f32>) {
+        self.store(to);
+    }
+
+    /// As [`Self::stream`].
+    ///
+    /// # Safety
+    /// As for [`Self::stream`].
+    unsafe fn stream_f16(self, to: &mut Room<f16>) {
+        self.store_f16(to);
+    }
+
+    /// As [`Self::stream`].
+    ///
+    /// # Safety
+    /// As for [`Self::stream`].
+    unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
+        self.store_bf16(to);
+    }
+
+    /// What was streamed so far is seen by others before what this thread writes from here on.
+    fn fence() {}
+
+    /// `self · factor + addend`, rounded once where the processor can.
+    fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// `other` where it is greater, else `self`, a NaN of which is kept and one of `other` passed over.
+    fn max(self, other: Self) -> Self;
+    /// `other` where it is less, else `self`, a NaN of which is kept and one of `other` passed over.
+    fn min(self, other: Self) -> Self;
+    fn abs(self) -> Self;
+    fn sqrt(self) -> Self;
+    /// `then` in the lanes where `self < other`, else `otherwise`.
+    fn if_less(self, other: Self, then: Self, otherwise: Self) -> Self;
+    /// `self · 2ⁿ` for whole numbers `-151 <= n <= 129`, subnormal results included.
+    fn times_power_of_two(self, n: Self) -> Self;
+    /// `self · 2ⁿ` for the whole number in the low nine bits of `shifted`; all must be in the range of normal numbers.
+    fn add_to_exponent(self, shifted: Self) -> Self;
+    /// Whether every lane is in `-bound..=bound`; NaN is not.
+    fn all_within(self, bound: f32) -> bool;
+    /// Lanes 2i and 2i + 1 exchanged.
+    fn swap_pairs(self) -> Self;
+
+    /// The lanes in order.
+    #[inline(always)]
+    fn to_array(self) -> Piece<f32> {
+        let mut lanes = [0.0; LANES];
+        self.store(as_room(&mut lanes));
+        lanes
+    }
+
+    /// `other` from lane `count` on.
+    #[inline(always)]
+    fn first(self, count: usize, other: Self) -> Self {
+        let (mut lanes, other) = (self.to_array(), other.to_array());
+        lanes[count..].copy_from_slice(&other[count..]);
+        Self::load(&lanes)
+    }
+
+    /// The lanes joined pairwise, always in the same order.
+    #[inline(always)]
+    fn join(self, join: impl Fn(f32, f32) -> f32) -> f32 {
+        let mut lanes = self.to_array();
+        let mut width = LANES / 2;
+        while width > 0 {
+            for l in 0..width {
+                lanes[l] = join(lanes[l], lanes[l + width]);
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// Initialised elements as room for others.
+#[inline(always)]
+pub(super) fn as_room<T: Copy>(piece: &mut Piece<T>) -> &mut Room<T> {
+    // SAFETY: the same elements in the same places. `Lanes` and `Element` write values to room, never the lack of one.
+    unsafe { &mut *std::ptr::from_mut(piece).cast() }
+}
+
+/// What a row is stored as.
+pub(crate) trait Element: WithDType {
+    fn load<L: Lanes>(from: &Piece<Self>) -> L;
+    fn store<L: Lanes>(lanes: L, to: &mut Room<Self>);
+
+    /// # Safety
+    /// As for [`Lanes::stream`].
+    unsafe fn stream<L: Lanes>(lanes: L, to: &mut Room<Self>);
+}
+
+macro_rules! element {
+    ($T:ty, $load:ident, $store:ident, $stream:ident) => {
+        impl Element for $T {
+            #[inline(always)]
+            fn load<L: Lanes>(from: &Piece<Self>) -> L {
+                L::$load(from)
+            }
+
+            #[inline(always)]
+            fn store<L: Lanes>(lanes: L, to: &mut Room<Self>) {
+                lanes.$store(to);
+            }
+
+            #[inline(always)]
+            unsafe fn stream<L: Lanes>(lanes: L, to: &mut Room<Self>) {
+                // SAFETY: the caller's.
+                unsafe { lanes.$stream(to) }
+            }
+        }
+    };
+}
+element!(f32, load, store, stream);
+element!(f16, load_f16, store_f16, stream_f16);
+element!(bf16, load_bf16, store_bf16, stream_bf16);
+
+/// `e^x`, within 2 units in the last place, subnormal results included; NaN stays NaN.
+///
+/// `x = n·ln 2 + r` with `|r| <= ln 2 / 2`, and the polynomial of Cephes' `expf` (Moshier) for `e^r`, its terms in pairs
+/// (Estrin): what limits it is the wait of one term for the other. Where all lanes are far from the bounds of the
+/// exponent, `2ⁿ` is an addition to it.
+#[inline(always)]
+pub(super) fn exp<L: Lanes>(x: L) -> L {
+    if x.all_within(87.0) {
+        let (p, shifted) = reduced(x);
+        return p.add_to_exponent(shifted);
+    }
+    // Beyond these bounds the result is 0 or infinity anyway.
+    let (p, shifted) = reduced(x.max(L::splat(-104.0)).min(L::splat(89.0)));
+    p.times_power_of_two(shifted - L::splat(ROUND))
+}
+
+/// Added to a small float, it rounds it to an integer, which then is in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// `e^r`, and `n` as [`ROUND`] leaves it.
+#[inline(always)]
+fn reduced<L: Lanes>(x: L) -> (L, L) {
+    let c = L::splat;
+    let shifted = x.mul_add(c(std::f32::consts::LOG2_E), c(ROUND));
+    let n = shifted - c(ROUND);
+    // ln 2 in two parts, the first so short that its product with n is exact.
+    let r = n.mul_add(c(-0.693_359_4), x);
+    let r = n.mul_add(c(2.121_944_4e-4), r);
+    let squared = r * r;
+    let high = c(1.987_569_2e-4).mul_add(r, c(1.398_2e-3));
+    let middle = c(8.333_452e-3).mul_add(r, c(4.166_579_6e-2));
+    let low = c(1.666_666_5e-1).mul_add(r, c(5e-1));
+    let p = high.mul_add(squared, middle).mul_add(squared, low);
+    (p.mul_add(squared, r) + c(1.0), shifted)
+}

@@ -1,0 +1,485 @@
+//! Lanes of AVX2 (with FMA and F16C) and of AVX-512 (F, BW, DQ and VL).
+
+#![allow(clippy::wildcard_imports, reason = "intrinsics have long names of their own")]
+#![expect(clippy::cast_ptr_alignment, reason = "the loads and stores say what alignment they need")]
+
+use std::arch::x86_64::*;
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+use half::{bf16, f16};
+
+use super::{Lanes, Piece, Room};
+
+/// Calls an intrinsic.
+macro_rules! x86 {
+    ($call:expr) => {{
+        // SAFETY: a value of these lanes exists only where `dispatch` has found the instructions; the addresses are
+        // those of whole pieces, of any alignment.
+        unsafe { $call }
+    }};
+}
+
+macro_rules! operators {
+    ($T:ty, $($trait:ident $method:ident $f:ident,)+) => {
+        $(impl $trait for $T {
+            type Output = Self;
+
+            #[inline(always)]
+            fn $method(self, other: Self) -> Self {
+                self.zip(other, #[inline(always)] |a, b| x86!($f(a, b)))
+            }
+        })+
+
+        impl Neg for $T {
+            type Output = Self;
+
+            #[inline(always)]
+            fn neg(self) -> Self {
+                Self::splat(-0.0).xor(self)
+            }
+        }
+    };
+}
+
+/// Two registers of AVX2.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2([__m256; 2]);
+
+operators! {
+    Avx2,
+    Add add _mm256_add_ps,
+    Sub sub _mm256_sub_ps,
+    Mul mul _mm256_mul_ps,
+    Div div _mm256_div_ps,
+}
+
+impl Avx2 {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
+        Self([f(self.0[0], other.0[0]), f(self.0[1], other.0[1])])
+    }
+
+    #[inline(always)]
+    fn map(self, f: impl Fn(__m256) -> __m256) -> Self {
+        Self([f(self.0[0]), f(self.0[1])])
+    }
+
+    #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        self.zip(
+            other,
+            #[inline(always)]
+            |a, b| x86!(_mm256_xor_ps(a, b)),
+        )
+    }
+
+    /// Eight lanes each.
+    #[inline(always)]
+    fn to_f16(self) -> [__m128i; 2] {
+        [
+            x86!(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0[0])),
+            x86!(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0[1])),
+        ]
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> __m256i {
+        let [low, high] = [round_bf16(self.0[0]), round_bf16(self.0[1])];
+        // Packing works within each half of the registers.
+        x86!(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high)))
+    }
+}
+
+/// To the nearest, ties to even, in the lower halves of eight lanes.
+#[inline(always)]
+fn round_bf16(x: __m256) -> __m256i {
+    x86!({
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+        // A NaN stays one: its upper half, made quiet.
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+    })
+}
+
+#[inline(always)]
+fn widen_bf16(half: __m128i) -> __m256 {
+    x86!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+}
+
+impl Lanes for Avx2 {
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Self([x86!(_mm256_set1_ps(x)); 2])
+    }
+
+    #[inline(always)]
+    fn load(from: &Piece<f32>) -> Self {
+        let from = from.as_ptr();
+        Self([x86!(_mm256_loadu_ps(from)), x86!(_mm256_loadu_ps(from.add(8)))])
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &Piece<f16>) -> Self {
+        let from = from.as_ptr().cast::<__m128i>();
+        Self([
+            x86!(_mm256_cvtph_ps(_mm_loadu_si128(from))),
+            x86!(_mm256_cvtph_ps(_mm_loadu_si128(from.add(1)))),
+        ])
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &Piece<bf16>) -> Self {
+        let from = from.as_ptr().cast::<__m128i>();
+        Self([widen_bf16(x86!(_mm_loadu_si128(from))), widen_bf16(x86!(_mm_loadu_si128(from.add(1))))])
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut Room<f32>) {
+        let to = to.as_mut_ptr().cast::<f32>();
+        x86!({
+            _mm256_storeu_ps(to, self.0[0]);
+            _mm256_storeu_ps(to.add(8), self.0[1]);
+        });
+    }
+
+    #[inline(always)]
+    fn store_f16(self, to: &mut Room<f16>) {
+        let ([low, high], to) = (self.to_f16(), to.as_mut_ptr().cast::<__m128i>());
+        x86!({
+            _mm_storeu_si128(to, low);
+            _mm_storeu_si128(to.add(1), high);
+        });
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut Room<bf16>) {
+        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.to_bf16()));
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: &mut Room<f32>) {
+        let to = to.as_mut_ptr().cast::<f32>();
+        // Of 16 bytes each: more than that no allocator promises.
+        x86!({
+            _mm_stream_ps(to, _mm256_castps256_ps128(self.0[0]));
+            _mm_stream_ps(to.add(4), _mm256_extractf128_ps::<1>(self.0[0]));
+            _mm_stream_ps(to.add(8), _mm256_castps256_ps128(self.0[1]));
+            _mm_stream_ps(to.add(12), _mm256_extractf128_ps::<1>(self.0[1]));
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn stream_f16(self, to: &mut Room<f16>) {
+        let ([low, high], to) = (self.to_f16(), to.as_mut_ptr().cast::<__m128i>());
+        x86!({
+            _mm_stream_si128(to, low);
+            _mm_stream_si128(to.add(1), high);
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
+        let (all, to) = (self.to_bf16(), to.as_mut_ptr().cast::<__m128i>());
+        x86!({
+            _mm_stream_si128(to, _mm256_castsi256_si128(all));
+            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
+        });
+    }
+
+    #[inline(always)]
+    fn fence() {
+        x86!(_mm_sfence());
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        Self([
+            x86!(_mm256_fmadd_ps(self.0[0], factor.0[0], addend.0[0])),
+            x86!(_mm256_fmadd_ps(self.0[1], factor.0[1], addend.0[1])),
+        ])
+    }
+
+    /// The instruction has the second operand where one is NaN.
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        other.zip(
+            self,
+            #[inline(always)]
+            |b, a| x86!(_mm256_max_ps(b, a)),
+        )
+    }
+
+    /// As [`Self::max`].
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        other.zip(
+            self,
+            #[inline(always)]
+            |b, a| x86!(_mm256_min_ps(b, a)),
+        )
+    }
+
+    #[inline(always)]
+    fn abs(self) -> Self {
+        self.map(
+            #[inline(always)]
+            |x| x86!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), x)),
+        )
+    }
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        self.map(
+            #[inline(always)]
+            |x| x86!(_mm256_sqrt_ps(x)),
+        )
+    }
+
+    #[inline(always)]
+    fn if_less(self, other: Self, then: Self, otherwise: Self) -> Self {
+        let less = self.zip(
+            other,
+            #[inline(always)]
+            |a, b| x86!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b)),
+        );
+        Self([
+            x86!(_mm256_blendv_ps(otherwise.0[0], then.0[0], less.0[0])),
+            x86!(_mm256_blendv_ps(otherwise.0[1], then.0[1], less.0[1])),
+        ])
+    }
+
+    /// As two powers, neither of which leaves the range of exponents.
+    #[inline(always)]
+    fn times_power_of_two(self, n: Self) -> Self {
+        self.zip(
+            n,
+            #[inline(always)]
+            |x, n| {
+                x86!({
+                    let bias = _mm256_set1_epi32(127);
+                    let n = _mm256_cvtps_epi32(n);
+                    let half = _mm256_srai_epi32::<1>(n);
+                    let rest = _mm256_sub_epi32(n, half);
+                    let half = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+                    let rest = _mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias));
+                    _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(half)), _mm256_castsi256_ps(rest))
+                })
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn add_to_exponent(self, shifted: Self) -> Self {
+        self.zip(
+            shifted,
+            #[inline(always)]
+            |x, n| {
+                x86!({
+                    let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(n));
+                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n))
+                })
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn all_within(self, bound: f32) -> bool {
+        let [low, high] = self.abs().0;
+        x86!({
+            let bound = _mm256_set1_ps(bound);
+            let low = _mm256_cmp_ps::<_CMP_LE_OQ>(low, bound);
+            let high = _mm256_cmp_ps::<_CMP_LE_OQ>(high, bound);
+            _mm256_movemask_ps(_mm256_and_ps(low, high)) == 0xFF
+        })
+    }
+
+    #[inline(always)]
+    fn swap_pairs(self) -> Self {
+        self.map(
+            #[inline(always)]
+            |x| x86!(_mm256_permute_ps::<0b10_11_00_01>(x)),
+        )
+    }
+}
+
+/// One register of AVX-512.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+operators! {
+    Avx512,
+    Add add _mm512_add_ps,
+    Sub sub _mm512_sub_ps,
+    Mul mul _mm512_mul_ps,
+    Div div _mm512_div_ps,
+}
+
+impl Avx512 {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(__m512, __m512) -> __m512) -> Self {
+        Self(f(self.0, other.0))
+    }
+
+    #[inline(always)]
+    fn xor(self, other: Self) -> Self {
+        self.zip(
+            other,
+            #[inline(always)]
+            |a, b| x86!(_mm512_xor_ps(a, b)),
+        )
+    }
+
+    #[inline(always)]
+    fn to_f16(self) -> __m256i {
+        x86!(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0))
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> __m256i {
+        x86!({
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+            // A NaN stays one: its upper half, made quiet.
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet)))
+        })
+    }
+}
+
+impl Lanes for Avx512 {
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Self(x86!(_mm512_set1_ps(x)))
+    }
+
+    #[inline(always)]
+    fn load(from: &Piece<f32>) -> Self {
+        Self(x86!(_mm512_loadu_ps(from.as_ptr())))
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &Piece<f16>) -> Self {
+        Self(x86!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))))
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &Piece<bf16>) -> Self {
+        Self(x86!({
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }))
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut Room<f32>) {
+        x86!(_mm512_storeu_ps(to.as_mut_ptr().cast(), self.0));
+    }
+
+    #[inline(always)]
+    fn store_f16(self, to: &mut Room<f16>) {
+        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.to_f16()));
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, to: &mut Room<bf16>) {
+        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.to_bf16()));
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: &mut Room<f32>) {
+        let to = to.as_mut_ptr().cast::<f32>();
+        // Of 16 bytes each: more than that no allocator promises.
+        x86!({
+            _mm_stream_ps(to, _mm512_castps512_ps128(self.0));
+            _mm_stream_ps(to.add(4), _mm512_extractf32x4_ps::<1>(self.0));
+            _mm_stream_ps(to.add(8), _mm512_extractf32x4_ps::<2>(self.0));
+            _mm_stream_ps(to.add(12), _mm512_extractf32x4_ps::<3>(self.0));
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn stream_f16(self, to: &mut Room<f16>) {
+        let (all, to) = (self.to_f16(), to.as_mut_ptr().cast::<__m128i>());
+        x86!({
+            _mm_stream_si128(to, _mm256_castsi256_si128(all));
+            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
+        let (all, to) = (self.to_bf16(), to.as_mut_ptr().cast::<__m128i>());
+        x86!({
+            _mm_stream_si128(to, _mm256_castsi256_si128(all));
+            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
+        });
+    }
+
+    #[inline(always)]
+    fn fence() {
+        x86!(_mm_sfence());
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, addend: Self) -> Self {
+        Self(x86!(_mm512_fmadd_ps(self.0, factor.0, addend.0)))
+    }
+
+    /// The instruction has the second operand where one is NaN.
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        Self(x86!(_mm512_max_ps(other.0, self.0)))
+    }
+
+    /// As [`Self::max`].
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Self(x86!(_mm512_min_ps(other.0, self.0)))
+    }
+
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Self(x86!(_mm512_abs_ps(self.0)))
+    }
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        Self(x86!(_mm512_sqrt_ps(self.0)))
+    }
+
+    #[inline(always)]
+    fn if_less(self, other: Self, then: Self, otherwise: Self) -> Self {
+        Self(x86!({
+            let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0);
+            _mm512_mask_mov_ps(otherwise.0, less, then.0)
+        }))
+    }
+
+    #[inline(always)]
+    fn times_power_of_two(self, n: Self) -> Self {
+        Self(x86!(_mm512_scalef_ps(self.0, n.0)))
+    }
+
+    #[inline(always)]
+    fn add_to_exponent(self, shifted: Self) -> Self {
+        Self(x86!({
+            let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted.0));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), n))
+        }))
+    }
+
+    #[inline(always)]
+    fn all_within(self, bound: f32) -> bool {
+        x86!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(self.0), _mm512_set1_ps(bound)) == 0xFFFF)
+    }
+
+    #[inline(always)]
+    fn swap_pairs(self) -> Self {
+        Self(x86!(_mm512_permute_ps::<0b10_11_00_01>(self.0)))
+    }
+}

@@ -1,0 +1,374 @@
+//! What a loop over rows is, and the passes over a row that loops are made of.
+
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+use std::mem::MaybeUninit;
+
+use super::lanes::{Element, LANES, Lanes, Piece, Room, as_room};
+
+/// What is computed of each row of `N` inputs: rows of `M` outputs, parts of `P` sums over the rows, and a statistic.
+///
+/// # Safety
+/// [`Self::row`] must write every element of every output that it gets.
+pub(crate) unsafe trait RowLoop<const N: usize, const M: usize, const P: usize>: Sync {
+    type Statistic: Clone + Default + Send;
+
+    /// Whether it needs room for a row of f32.
+    const SCRATCH: bool = false;
+    /// Whether an element costs an exponential, or as much.
+    const EXPONENTIALS: bool = false;
+
+    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, N, M, P>) -> Self::Statistic;
+}
+
+/// One row, as a loop sees it.
+pub(crate) struct Row<'a, T, const N: usize, const M: usize, const P: usize> {
+    /// Among the rows; where rows do not matter, the row-major index of the first element.
+    pub(crate) index: usize,
+    pub(crate) inputs: [&'a [T]; N],
+    /// Those that are wanted.
+    pub(crate) outputs: [Option<Out<'a, T>>; M],
+    /// Of f32, to be added to.
+    pub(crate) sums: [Option<&'a mut [f32]>; P],
+    /// As long as the row, if the loop asks for it.
+    pub(crate) scratch: &'a mut [f32],
+}
+
+/// A row to be written.
+pub(crate) struct Out<'a, T> {
+    row: &'a mut [MaybeUninit<T>],
+    /// Past the cache. Then its address is a multiple of 16.
+    stream: bool,
+}
+
+impl<'a, T: Element> Out<'a, T> {
+    /// `stream` asks for stores past the cache, which the row's address must allow.
+    #[inline(always)]
+    pub(crate) fn new(row: &'a mut [MaybeUninit<T>], stream: bool) -> Self {
+        let stream = stream && row.as_ptr().addr().is_multiple_of(16);
+        Self { row, stream }
+    }
+
+    /// Over what is there.
+    #[inline(always)]
+    pub(crate) fn over(row: &'a mut [T]) -> Self {
+        let (pointer, len) = (row.as_mut_ptr().cast(), row.len());
+        // SAFETY: the same elements in the same places, and nothing here writes the lack of a value.
+        let row = unsafe { std::slice::from_raw_parts_mut(pointer, len) };
+        Self { row, stream: false }
+    }
+
+    /// The first elements, and the others.
+    #[inline(always)]
+    pub(crate) fn split_at(self, mid: usize) -> (Self, Self) {
+        let (first, rest) = self.row.split_at_mut(mid);
+        (Self { row: first, stream: self.stream }, Self::new(rest, self.stream))
+    }
+
+    #[inline(always)]
+    pub(crate) fn fill(self, value: T) {
+        for room in self.row {
+            room.write(value);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn set(&mut self, index: usize, value: T) {
+        self.row[index].write(value);
+    }
+
+    /// For more than one pass.
+    #[inline(always)]
+    pub(crate) fn reborrow(&mut self) -> Out<'_, T> {
+        Out { row: self.row, stream: self.stream }
+    }
+}
+
+/// The pieces of a row, all the same number, and what is left.
+#[inline(always)]
+fn pieces<T>(row: &[T], len: usize) -> (&[Piece<T>], &[T]) {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    (&whole[..len / LANES], &rest[..len % LANES])
+}
+
+#[inline(always)]
+fn pieces_mut<T>(row: &mut [T], len: usize) -> (&mut [Piece<T>], &mut [T]) {
+    let (whole, rest) = row.as_chunks_mut::<LANES>();
+    (&mut whole[..len / LANES], &mut rest[..len % LANES])
+}
+
+/// Less than a piece; the other lanes are 0.
+#[inline(always)]
+fn load_part<L: Lanes, T: Element>(from: &[T]) -> L {
+    let mut piece = [T::zero(); LANES];
+    piece[..from.len()].copy_from_slice(from);
+    T::load(&piece)
+}
+
+#[inline(always)]
+fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T>]) {
+    let mut piece = [T::zero(); LANES];
+    T::store(lanes, as_room(&mut piece));
+    to.write_copy_of_slice(&piece[..to.len()]);
+}
+
+/// `M` values and `P` new values of `sums`, for each element of rows of one length: `f(inputs, wide, sums)`, where `wide`
+/// are f32 whatever the inputs are. What is not wanted is not written.
+#[inline(always)]
+pub(super) fn pass<
+    L: Lanes,
+    T: Element,
+    U: Element,
+    const N: usize,
+    const K: usize,
+    const M: usize,
+    const P: usize,
+>(
+    inputs: [&[T]; N],
+    wide: [&[f32]; K],
+    outputs: [Option<Out<'_, U>>; M],
+    sums: [Option<&mut [f32]>; P],
+    f: impl Fn([L; N], [L; K], [L; P]) -> ([L; M], [L; P]),
+) {
+    let lens = (inputs.first().map(|row| row.len()), wide.first().map(|row| row.len()));
+    let len = lens.0.or(lens.1).or(sums.iter().flatten().next().map(|sum| sum.len())).unwrap_or_default();
+    let zero = L::splat(0.0);
+    let inputs = inputs.map(
+        #[inline(always)]
+        |row| pieces(row, len),
+    );
+    let wide = wide.map(
+        #[inline(always)]
+        |row| pieces(row, len),
+    );
+    let streams = outputs.each_ref().map(|out| out.as_ref().is_some_and(|out| out.stream));
+    let mut outputs = outputs.map(
+        #[inline(always)]
+        |out| out.map(|out| pieces_mut(out.row, len)),
+    );
+    let mut sums = sums.map(
+        #[inline(always)]
+        |sum| sum.map(|sum| pieces_mut(sum, len)),
+    );
+
+    for i in 0..len / LANES {
+        // Not by `array::from_fn`, which is a function of its own, compiled for other instructions.
+        let (mut x, mut w, mut s) = ([zero; N], [zero; K], [zero; P]);
+        for k in 0..N {
+            x[k] = T::load(&inputs[k].0[i]);
+        }
+        for k in 0..K {
+            w[k] = L::load(&wide[k].0[i]);
+        }
+        for k in 0..P {
+            if let Some(sum) = &sums[k] {
+                s[k] = L::load(&sum.0[i]);
+            }
+        }
+        let (y, s) = f(x, w, s);
+        for k in 0..M {
+            if let Some((out, _)) = &mut outputs[k] {
+                if streams[k] {
+                    // SAFETY: a row that is streamed begins at a multiple of 16, and a piece has 32 or 64 bytes.
+                    unsafe { U::stream(y[k], &mut out[i]) };
+                } else {
+                    U::store(y[k], &mut out[i]);
+                }
+            }
+        }
+        for k in 0..P {
+            if let Some((sum, _)) = &mut sums[k] {
+                s[k].store(as_room(&mut sum[i]));
+            }
+        }
+    }
+    if !len.is_multiple_of(LANES) {
+        let (mut x, mut w, mut s) = ([zero; N], [zero; K], [zero; P]);
+        for k in 0..N {
+            x[k] = load_part(inputs[k].1);
+        }
+        for k in 0..K {
+            w[k] = load_part(wide[k].1);
+        }
+        for k in 0..P {
+            if let Some(sum) = &sums[k] {
+                s[k] = load_part(sum.1);
+            }
+        }
+        let (y, s) = f(x, w, s);
+        for k in 0..M {
+            if let Some((_, out)) = &mut outputs[k] {
+                store_part(y[k], out);
+            }
+        }
+        for k in 0..P {
+            if let Some((_, sum)) = &mut sums[k] {
+                let lanes = s[k].to_array();
+                sum.copy_from_slice(&lanes[..sum.len()]);
+            }
+        }
+    }
+}
+
+/// `y = f(x, w)` for each element, as [`pass`] does it.
+#[inline(always)]
+pub(super) fn map<L: Lanes, T: Element, U: Element, const N: usize, const K: usize>(
+    inputs: [&[T]; N],
+    wide: [&[f32]; K],
+    output: Out<'_, U>,
+    f: impl Fn([L; N], [L; K]) -> L,
+) {
+    pass(
+        inputs,
+        wide,
+        [Some(output)],
+        [],
+        #[inline(always)]
+        |x, w, []| ([f(x, w)], []),
+    );
+}
+
+/// `S` sums over the elements of rows of one length: `Σ f(inputs, wide)`. Each is made of `A` interleaved parts of
+/// sixteen lanes, more of which hide an addition's latency where `f` is short.
+#[inline(always)]
+pub(super) fn sums<const A: usize, L: Lanes, T: Element, const N: usize, const K: usize, const S: usize>(
+    inputs: [&[T]; N],
+    wide: [&[f32]; K],
+    f: impl Fn([L; N], [L; K]) -> [L; S],
+) -> [f32; S] {
+    let len = inputs[0].len();
+    let inputs = inputs.map(
+        #[inline(always)]
+        |row| pieces(row, len),
+    );
+    let wide = wide.map(
+        #[inline(always)]
+        |row| pieces(row, len),
+    );
+    let zero = L::splat(0.0);
+    let mut totals = [[zero; S]; A];
+    let groups = inputs.map(
+        #[inline(always)]
+        |row| row.0.as_chunks::<A>(),
+    );
+    let wide_groups = wide.map(
+        #[inline(always)]
+        |row| row.0.as_chunks::<A>(),
+    );
+    let count = len / LANES / A;
+    let inputs_whole = groups.map(
+        #[inline(always)]
+        |row| &row.0[..count],
+    );
+    let wide_whole = wide_groups.map(
+        #[inline(always)]
+        |row| &row.0[..count],
+    );
+    for i in 0..count {
+        for (a, total) in totals.iter_mut().enumerate() {
+            let (mut x, mut w) = ([zero; N], [zero; K]);
+            for k in 0..N {
+                x[k] = T::load(&inputs_whole[k][i][a]);
+            }
+            for k in 0..K {
+                w[k] = L::load(&wide_whole[k][i][a]);
+            }
+            *total = add(*total, f(x, w));
+        }
+    }
+    for i in 0..len / LANES % A {
+        let (mut x, mut w) = ([zero; N], [zero; K]);
+        for k in 0..N {
+            x[k] = T::load(&groups[k].1[i]);
+        }
+        for k in 0..K {
+            w[k] = L::load(&wide_groups[k].1[i]);
+        }
+        totals[0] = add(totals[0], f(x, w));
+    }
+    if !len.is_multiple_of(LANES) {
+        let (mut x, mut w) = ([zero; N], [zero; K]);
+        for k in 0..N {
+            x[k] = load_part(inputs[k].1);
+        }
+        for k in 0..K {
+            w[k] = load_part(wide[k].1);
+        }
+        let mut terms = f(x, w);
+        for term in &mut terms {
+            *term = term.first(len % LANES, zero);
+        }
+        totals[0] = add(totals[0], terms);
+    }
+    let mut total = [zero; S];
+    for part in totals {
+        total = add(total, part);
+    }
+    let mut joined = [0.0; S];
+    for (joined, total) in joined.iter_mut().zip(total) {
+        *joined = total.join(
+            #[inline(always)]
+            |a, b| a + b,
+        );
+    }
+    joined
+}
+
+#[inline(always)]
+fn add<L: Lanes, const S: usize>(mut totals: [L; S], terms: [L; S]) -> [L; S] {
+    for (total, term) in totals.iter_mut().zip(terms) {
+        *total = *total + term;
+    }
+    totals
+}
+
+/// The greatest `f(x)`; NaN is passed over, and `-inf` is what an empty row has.
+#[inline(always)]
+pub(super) fn max<L: Lanes, T: Element>(row: &[T], f: impl Fn(L) -> L) -> f32 {
+    let least = L::splat(f32::NEG_INFINITY);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    let (groups, singles) = whole.as_chunks::<4>();
+    let mut greatest = [least; 4];
+    for group in groups {
+        for (greatest, piece) in greatest.iter_mut().zip(group) {
+            *greatest = greatest.max(f(T::load(piece)));
+        }
+    }
+    for piece in singles {
+        greatest[0] = greatest[0].max(f(T::load(piece)));
+    }
+    if !rest.is_empty() {
+        greatest[1] = greatest[1].max(f(load_part(rest)).first(rest.len(), least));
+    }
+    let [a, b, c, d] = greatest;
+    a.max(b).max(c.max(d)).join(
+        #[inline(always)]
+        |a, b| if b > a { b } else { a },
+    )
+}
+
+/// `f(x)` of one element, as the lanes compute it.
+#[inline(always)]
+pub(super) fn one<L: Lanes>(x: f32, f: impl Fn(L) -> L) -> f32 {
+    f(L::splat(x)).to_array()[0]
+}
+
+/// The sum of a row in f64, for what overflows or vanishes in f32.
+pub(super) fn wide_sum<T: Element>(row: &[T], f: impl Fn(f64) -> f64) -> f64 {
+    row.iter().map(|x| f(x.to_f64())).sum()
+}
+
+/// Rounds one number as `T` stores it.
+#[inline(always)]
+pub(super) fn round<L: Lanes, T: Element>(x: f32) -> T {
+    let mut piece: Piece<T> = [T::zero(); LANES];
+    let room: &mut Room<T> = as_room(&mut piece);
+    T::store(L::splat(x), room);
+    piece[0]
+}
+
+/// Widens one number.
+#[inline(always)]
+pub(super) fn wide<L: Lanes, T: Element>(x: T) -> f32 {
+    T::load::<L>(&[x; LANES]).to_array()[0]
+}

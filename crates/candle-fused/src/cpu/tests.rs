@@ -1,0 +1,274 @@
+//! Every row loop with every instruction set, dtype and length, between pages that nobody may touch: nothing else is
+//! read or written, all of an output is written, and every instruction set computes the same.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::cast_precision_loss, reason = "small integers")]
+#![expect(clippy::float_cmp, clippy::cast_possible_truncation, reason = "exact results")]
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+use std::mem::MaybeUninit;
+
+use candlewick_kernels::gated::Gate;
+use half::{bf16, f16};
+
+use super::dispatch::{Vectorised, instruction_sets, vectorise};
+use super::guarded::Guarded;
+use super::lanes::{Element, Lanes};
+use super::rows::{self, Out, Row, RowLoop};
+use super::{cross_entropy, elements, gated, norm, rope, softmax};
+use crate::ops::lora_linear::Dropout;
+
+const LENGTHS: std::ops::RangeInclusive<usize> = 0..=130;
+
+/// Positive and not in order: fit for a root too.
+fn value(i: usize, seed: usize) -> f64 {
+    ((i * 7 + seed * 13) % 23) as f64 / 8.0 + 0.125
+}
+
+/// One row of length `len` through a loop.
+struct One<'a, R, T, const N: usize, const M: usize, const P: usize> {
+    row: &'a R,
+    inputs: &'a [Guarded<T>; N],
+    outputs: &'a mut [Guarded<MaybeUninit<T>>; M],
+    sums: &'a mut [Guarded<f32>; P],
+    scratch: &'a mut [f32],
+    wanted: bool,
+    stream: bool,
+}
+
+impl<R: RowLoop<N, M, P>, T: Element, const N: usize, const M: usize, const P: usize> Vectorised
+    for One<'_, R, T, N, M, P>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let row = Row {
+            index: 0,
+            inputs: self.inputs.each_ref().map(Guarded::get),
+            outputs: self.outputs.each_mut().map(|out| Some(Out::new(out.get_mut(), self.stream))),
+            sums: self.sums.each_mut().map(|sum| self.wanted.then(|| sum.get_mut())),
+            scratch: self.scratch,
+        };
+        self.row.row::<L, T>(row);
+        L::fence();
+    }
+}
+
+/// A value that no loop writes.
+fn untouched<T: Element>() -> T {
+    T::from_f64(-24576.0)
+}
+
+fn check<T: Element, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize>(
+    what: &str,
+    len: usize,
+    row: &R,
+    precision: f64,
+) {
+    let inputs: [Guarded<T>; N] = std::array::from_fn(|k| {
+        Guarded::new(&(0..len).map(|i| T::from_f64(value(i, k))).collect::<Vec<T>>())
+    });
+    let mut first: Option<Vec<f64>> = None;
+    for isa in instruction_sets() {
+        for (wanted, stream) in [(true, false), (false, true)] {
+            let empty = vec![MaybeUninit::new(untouched::<T>()); len];
+            let mut outputs: [Guarded<MaybeUninit<T>>; M] = std::array::from_fn(|_| Guarded::new(&empty));
+            let mut sums: [Guarded<f32>; P] = std::array::from_fn(|_| Guarded::new(&vec![1f32; len]));
+            let mut scratch = vec![0f32; len];
+            let (outputs, sums) = (&mut outputs, &mut sums);
+            let one = One { row, inputs: &inputs, outputs, sums, scratch: &mut scratch, wanted, stream };
+            vectorise(isa, one);
+            let outputs: Vec<f64> = outputs
+                .iter()
+                // SAFETY: initialised above.
+                .flat_map(|out| out.get().iter().map(|x| unsafe { x.assume_init() }.to_f64()))
+                .collect();
+            assert!(
+                outputs.iter().all(|&x| x != untouched::<T>().to_f64()),
+                "{what} {isa:?} {len}: not all written"
+            );
+            let sums: Vec<f64> =
+                sums.iter().flat_map(|sum| sum.get().iter().map(|&x| f64::from(x))).collect();
+            if !wanted {
+                assert!(sums.iter().all(|&x| x == 1.0), "{what} {isa:?} {len}: a sum that nobody wants");
+            }
+            let results: Vec<f64> = if wanted { outputs.into_iter().chain(sums).collect() } else { outputs };
+            let expected = first.get_or_insert_with(|| results.clone());
+            let largest = expected.iter().fold(1e-6f64, |a, b| a.max(b.abs()));
+            for (got, expected) in results.iter().zip(expected.iter()) {
+                let close = (got - expected).abs() <= precision * largest;
+                assert!(
+                    close || got.is_nan() && expected.is_nan(),
+                    "{what} {isa:?} {len}: {got}, {expected}"
+                );
+            }
+        }
+    }
+}
+
+/// The same in every dtype.
+macro_rules! check {
+    ($len:ident, $row:expr) => {
+        let row = &$row;
+        check::<f32, _, _, _, _>(stringify!($row), $len, row, 4e-6);
+        check::<f16, _, _, _, _>(stringify!($row), $len, row, 2e-3);
+        check::<bf16, _, _, _, _>(stringify!($row), $len, row, 1.6e-2);
+    };
+}
+
+#[test]
+fn softmax_stays_within_its_rows() {
+    for len in LENGTHS {
+        let visible = softmax::Visible { queries: 0 };
+        check!(len, softmax::Forward { scale: 0.5, visible });
+        check!(len, softmax::Backward { scale: 0.5, visible });
+        if len > 0 {
+            // The first of a few queries: the last keys are hidden.
+            let visible = softmax::Visible { queries: len.min(3) };
+            check!(len, softmax::Forward { scale: 0.5, visible });
+            check!(len, softmax::Backward { scale: 0.5, visible });
+        }
+        let mut row = Guarded::new(&vec![0.5f32; len]);
+        softmax::forward_in_place(1.0, row.get_mut());
+        assert!(row.get().iter().all(|x| (x - 1.0 / len as f32).abs() < 1e-6));
+        let mut dx = Guarded::new(&vec![7f32; len]);
+        softmax::backward_row(1.0, row.get(), row.get(), dx.get_mut());
+        assert!(dx.get().iter().all(|x| x.abs() < 1e-6));
+    }
+}
+
+#[test]
+fn norms_stay_within_their_rows() {
+    for len in LENGTHS.skip(1) {
+        let weight: Vec<f32> = (0..len).map(|i| 0.5 + i as f32 / 64.0).collect();
+        let (weight, bias) = (Guarded::new(&weight), Guarded::new(&weight));
+        for centred in [false, true] {
+            for weight in [None, Some(weight.get())] {
+                for bias in [None, Some(bias.get())] {
+                    check!(len, norm::Forward { centred, eps: 1e-5, weight, bias });
+                }
+                // A great eps: the gradient of a short row is not all cancellation.
+                check!(len, norm::Backward { centred, eps: 1.0, weight });
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_sums_and_steps_stay_within_their_rows() {
+    for len in LENGTHS {
+        for gate in [Gate::Silu, Gate::Gelu] {
+            check!(len, gated::Forward(gate));
+            check!(len, gated::Backward(gate));
+        }
+        check!(len, elements::Add);
+        check!(len, elements::Drop(Dropout { p: 0.25, seed: 3 }));
+        let adam = elements::Adam {
+            new1: 0.1,
+            old2: 0.99,
+            new2: 0.01,
+            eps: 1e-3,
+            rate: 0.1,
+            part: 1.5,
+            shrink: 0.9,
+            l2: 0.1,
+        };
+        check!(len, adam);
+    }
+}
+
+#[test]
+fn rotations_stay_within_their_rows() {
+    for len in LENGTHS {
+        for width in [0, 1, len / 4, len / 2] {
+            if 2 * width > len {
+                continue;
+            }
+            for (interleaved, back) in [(false, false), (false, true), (true, false), (true, true)] {
+                let width = if interleaved { 2 * width } else { width };
+                let table =
+                    |seed| Guarded::new(&(0..width).map(|i| value(i, seed) as f32).collect::<Vec<f32>>());
+                let (cos, sin) = (table(3), table(5));
+                let (cos, sin) = (cos.get(), sin.get());
+                let (per_batch, heads, positions) = (false, 1, 1);
+                check!(
+                    len,
+                    rope::Rotation { cos, sin, width, interleaved, per_batch, heads, positions, back }
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn cross_entropies_stay_within_their_rows() {
+    for len in LENGTHS.skip(1).chain([4095, 4096, 4097, 8195]) {
+        for columns in [[None], [Some(len - 1)], [Some(0)]] {
+            let columns = &columns;
+            check!(len, cross_entropy::Forward { columns });
+            check!(len, cross_entropy::Backward { columns, lse: &[[3.0, len as f32]], g: 0.5 });
+        }
+    }
+}
+
+/// The log-sum-exp of a row in parts, with its greatest element in each of them, and with parts of `-inf` alone.
+#[test]
+fn long_rows_are_summed_in_parts() {
+    struct Loss<'a>(&'a [f32]);
+    impl Vectorised for Loss<'_> {
+        type Output = cross_entropy::Loss;
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) -> cross_entropy::Loss {
+            let row = Row { index: 0, inputs: [self.0], outputs: [], sums: [], scratch: Default::default() };
+            cross_entropy::Forward { columns: &[Some(0)] }.row::<L, f32>(row)
+        }
+    }
+    for isa in instruction_sets() {
+        for greatest in [0, 5000, 9999] {
+            let mut x: Vec<f32> = (0..10_000).map(|i| (i % 100) as f32 / 50.0).collect();
+            x[greatest] = 9.0;
+            let check = |x: &[f32]| {
+                let ([max, total], _) = vectorise(isa, Loss(x));
+                let exact = x.iter().map(|&x| f64::from(x - max).exp()).sum::<f64>();
+                assert_eq!(max, 9.0);
+                assert!(
+                    (f64::from(total) / exact - 1.0).abs() < 1e-5,
+                    "{isa:?} {greatest}: {total}, {exact}"
+                );
+            };
+            check(&x);
+            if greatest == 5000 {
+                x[..4096].fill(f32::NEG_INFINITY);
+                check(&x);
+                x[17] = f32::NAN;
+                assert!(vectorise(isa, Loss(&x)).0[1].is_nan());
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_take_every_element_once() {
+    struct Sums<'a>(&'a [f32]);
+    impl Vectorised for Sums<'_> {
+        type Output = [f32; 3];
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) -> [f32; 3] {
+            let [a, b] =
+                rows::sums::<4, L, f32, 2, 1, 2>([self.0; 2], [self.0], |[x, y], [w]| [x, x + y - w]);
+            [a, b, rows::max::<L, f32>(self.0, |x| x)]
+        }
+    }
+    for isa in instruction_sets() {
+        for n in LENGTHS.chain([1000]) {
+            let row: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let row = Guarded::new(&row);
+            let sum = (0..n).sum::<usize>() as f32;
+            let max = if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 };
+            assert_eq!(vectorise(isa, Sums(row.get())), [sum, sum, max], "{isa:?} {n}");
+        }
+    }
+}
