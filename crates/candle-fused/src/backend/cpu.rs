@@ -23,7 +23,7 @@ const PARALLEL: usize = 192 * 1024;
 /// The same where each element costs an exponential.
 const PARALLEL_EXPONENTIALS: usize = 24 * 1024;
 /// What moves more bytes would not stay in the cache, and is written past it.
-const STREAM: usize = 12 * 1024 * 1024;
+pub(super) const STREAM: usize = 12 * 1024 * 1024;
 /// The elements of a piece, where rows do not matter.
 const PIECE: usize = 4 * 1024;
 /// A sum over rows has at most so many partial sums, of at least `MIN_ROWS` rows each.
@@ -390,7 +390,7 @@ impl<T: Element, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: u
 }
 
 /// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`.
-fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
+pub(super) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
     let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
     if threads <= 1 {
         let mut state = S::default();

@@ -4,7 +4,11 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
+use super::cpu::{STREAM, spread};
+use crate::cpu::dispatch;
 use crate::cpu::gemm::{Data, Matrix, Product, Start, sum_of_products};
+use crate::cpu::lanes::Element;
+use crate::cpu::low_rank::{Block, Delta, ROWS};
 
 /// Reads tensors of two dimensions where they lie, whatever their strides.
 pub(crate) fn with_matrices<const N: usize, R>(
@@ -53,6 +57,40 @@ pub(crate) fn product(dtype: DType, dims: [usize; 2], start: Start, products: &[
         DType::BF16 => Tensor::from_vec(sum_of_products::<bf16>(dims, start, products), shape, &Device::Cpu),
         other => bail!("a product must be f32, f16 or bf16, got {}", other.as_str()),
     }
+}
+
+/// Multiplications that are worth waking another thread.
+const PARALLEL: usize = 1 << 19;
+
+/// `y = h·Bᵀ` in the dtype of `x [n, in]`, and `h = scaling·x·Aᵀ` in f32, for `A [r, in]` and `B [out, r]`.
+pub(crate) fn low_rank(x: Matrix, a: Matrix, b: Matrix, scaling: f32) -> Result<(Tensor, Tensor)> {
+    let (n, rank, inputs, outputs) = (x.rows, a.rows, a.columns, b.rows);
+    let (a, b) = (a.rows_f32(), b.t().rows_f32());
+    let delta = Delta { a: &a, b: &b, rank, inputs, outputs, scaling };
+    let mut h = vec![0f32; n * rank];
+    let y = match x.in_rows() {
+        Some((Data::F32(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
+        Some((Data::F16(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
+        Some((Data::BF16(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
+        None => bail!("rows of a low-rank product must lie in one piece"),
+    }?;
+    Ok((y, Tensor::from_vec(h, (n, rank), &Device::Cpu)?))
+}
+
+fn rows_of<T: Element>(delta: Delta, x: &[T], stride: usize, n: usize, h: &mut [f32]) -> Result<Tensor> {
+    let Delta { rank, inputs, outputs, .. } = delta;
+    let mut y: Vec<T> = Vec::with_capacity(n * outputs);
+    let stream = n * (inputs + outputs) * size_of::<T>() > STREAM;
+    let blocks =
+        h.chunks_mut(ROWS * rank).zip(y.spare_capacity_mut()[..n * outputs].chunks_mut(ROWS * outputs));
+    let blocks = blocks.enumerate().map(|(i, (h, y))| (i * ROWS * stride, h, y)).collect();
+    spread(blocks, n * (inputs + outputs) * rank >= PARALLEL, |(), (first, h, y)| {
+        let block = Block { delta, x: &x[first..], stride, h, y, stream };
+        dispatch::vectorise(dispatch::isa(), block);
+    });
+    // SAFETY: within the capacity; the blocks partition the rows, and each writes all of its own.
+    unsafe { y.set_len(n * outputs) };
+    Tensor::from_vec(y, (n, outputs), &Device::Cpu)
 }
 
 /// A tensor `[b, t, h, d]` as one matrix `[t, d]` for each batch and head.

@@ -9,6 +9,7 @@ pub(crate) mod gemm;
 #[cfg(all(test, unix))]
 mod guarded;
 pub(crate) mod lanes;
+pub(crate) mod low_rank;
 pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;

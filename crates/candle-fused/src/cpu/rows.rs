@@ -77,6 +77,24 @@ impl<'a, T: Element> Out<'a, T> {
         self.row[index].write(value);
     }
 
+    /// The sixteen elements from here on.
+    #[inline(always)]
+    pub(super) fn piece<L: Lanes>(&mut self, start: usize, lanes: L) {
+        let Some(room) = self.row[start..].first_chunk_mut() else { return };
+        if self.stream && start.is_multiple_of(LANES) {
+            // SAFETY: a row that is streamed begins at a multiple of 16, and a piece has 32 or 64 bytes.
+            unsafe { T::stream(lanes, room) };
+        } else {
+            T::store(lanes, room);
+        }
+    }
+
+    /// The elements from here on, fewer than sixteen.
+    #[inline(always)]
+    pub(super) fn rest<L: Lanes>(&mut self, start: usize, lanes: L) {
+        store_part(lanes, &mut self.row[start..]);
+    }
+
     /// For more than one pass.
     #[inline(always)]
     pub(crate) fn reborrow(&mut self) -> Out<'_, T> {
@@ -99,7 +117,7 @@ fn pieces_mut<T>(row: &mut [T], len: usize) -> (&mut [Piece<T>], &mut [T]) {
 
 /// Less than a piece; the other lanes are 0.
 #[inline(always)]
-fn load_part<L: Lanes, T: Element>(from: &[T]) -> L {
+pub(super) fn load_part<L: Lanes, T: Element>(from: &[T]) -> L {
     let mut piece = [T::zero(); LANES];
     piece[..from.len()].copy_from_slice(from);
     T::load(&piece)

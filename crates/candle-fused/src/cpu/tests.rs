@@ -11,9 +11,10 @@ use std::mem::MaybeUninit;
 use candlewick_kernels::gated::Gate;
 use half::{bf16, f16};
 
-use super::dispatch::{Vectorised, instruction_sets, vectorise};
+use super::dispatch::{Isa, Vectorised, instruction_sets, vectorise};
 use super::guarded::Guarded;
 use super::lanes::{Element, Lanes};
+use super::low_rank::{Block, Delta};
 use super::rows::{self, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
 use crate::ops::lora_linear::Dropout;
@@ -269,6 +270,58 @@ fn sums_take_every_element_once() {
             let sum = (0..n).sum::<usize>() as f32;
             let max = if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 };
             assert_eq!(vectorise(isa, Sums(row.get())), [sum, sum, max], "{isa:?} {n}");
+        }
+    }
+}
+
+/// Low-rank products of every number of rows and ranks around the tiles, in every dtype, against f64.
+#[test]
+fn low_rank_products_stay_within_their_matrices() {
+    fn check<T: Element>(isa: Isa, [count, inputs, outputs, rank]: [usize; 4]) {
+        let stride = inputs + 3;
+        let x: Vec<T> = (0..(count - 1) * stride + inputs).map(|i| T::from_f64(value(i, 1) - 1.5)).collect();
+        let part = |len: usize, seed| -> Vec<f32> { (0..len).map(|i| value(i, seed) as f32 - 1.5).collect() };
+        let (a, b) = (part(rank * inputs, 2), part(rank * outputs, 3));
+        let (x, a, b) = (Guarded::new(&x), Guarded::new(&a), Guarded::new(&b));
+        let delta = Delta { a: a.get(), b: b.get(), rank, inputs, outputs, scaling: 0.5 };
+        let mut h = Guarded::new(&vec![0f32; count * rank]);
+        let mut y = Guarded::new(&vec![MaybeUninit::new(untouched::<T>()); count * outputs]);
+        vectorise(
+            isa,
+            Block { delta, x: x.get(), stride, h: h.get_mut(), y: y.get_mut(), stream: count % 2 == 0 },
+        );
+        let exact = |i: usize, k: usize| {
+            let dot =
+                (0..inputs).map(|j| x.get()[i * stride + j].to_f64() * f64::from(a.get()[k * inputs + j]));
+            0.5 * dot.sum::<f64>()
+        };
+        let what = format!("{isa:?} {} {count} {inputs} {outputs} {rank}", T::DTYPE.as_str());
+        let precision = if T::DTYPE == candle_core::DType::BF16 { 4e-3 } else { 5e-4 };
+        for i in 0..count {
+            let exact: Vec<f64> = (0..rank).map(|k| exact(i, k)).collect();
+            for (k, exact) in exact.iter().enumerate() {
+                assert!((f64::from(h.get()[i * rank + k]) - exact).abs() < 1e-4, "{what}: h[{i}, {k}]");
+            }
+            for j in 0..outputs {
+                let exact: f64 = (0..rank).map(|k| exact[k] * f64::from(b.get()[k * outputs + j])).sum();
+                // SAFETY: initialised above.
+                let got = unsafe { y.get()[i * outputs + j].assume_init() }.to_f64();
+                assert!(
+                    (got - exact).abs() <= precision * exact.abs().max(1.0),
+                    "{what}: y[{i}, {j}]: {got}, {exact}"
+                );
+            }
+        }
+    }
+    for isa in instruction_sets() {
+        for count in [1, 2, 3, 4, 5, 7, 11, 12, 13, 25] {
+            for rank in [1, 2, 3, 8] {
+                for (inputs, outputs) in [(1, 1), (16, 33), (31, 16), (100, 15), (513, 64), (1040, 17)] {
+                    check::<f32>(isa, [count, inputs, outputs, rank]);
+                    check::<f16>(isa, [count, inputs, outputs, rank]);
+                    check::<bf16>(isa, [count, inputs, outputs, rank]);
+                }
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Matrices where they lie: a slice, an offset and two strides.
 
+use std::borrow::Cow;
+
 use candle_core::{Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -98,15 +100,53 @@ impl<'a> Matrix<'a> {
         self.offset + row * self.row_stride + column * self.column_stride
     }
 
+    /// The storage from its first element on, and how far a row is from the one before, if rows lie in one piece.
+    pub(crate) fn in_rows(&self) -> Option<(Data<'a>, usize, usize)> {
+        (self.column_stride == 1 || self.columns < 2).then_some((self.data, self.offset, self.row_stride))
+    }
+
+    /// Its elements in f32, row by row, where they lie if that is how they lie.
+    pub(crate) fn rows_f32(self) -> Cow<'a, [f32]> {
+        let whole = self.column_stride == 1 && self.row_stride == self.columns;
+        match self.data {
+            Data::F32(data) if whole => Cow::Borrowed(&data[self.offset..][..self.rows * self.columns]),
+            _ => Cow::Owned(self.to_f32()),
+        }
+    }
+
     /// Its elements in f32, row by row.
     pub(crate) fn to_f32(self) -> Vec<f32> {
         let mut wide = vec![0.0; self.rows * self.columns];
-        if self.columns > 0 {
+        if wide.len() < 2 * ELEMENTS {
+            match self.data {
+                _ if self.row_stride != 1 || self.column_stride == 1 => {
+                    for (i, to) in wide.chunks_exact_mut(self.columns.max(1)).enumerate() {
+                        self.widen_row(i, to);
+                    }
+                }
+                Data::F32(data) => self.turn(data, &mut wide, |x| x),
+                Data::F16(data) => self.turn(data, &mut wide, f16::to_f32),
+                Data::BF16(data) => self.turn(data, &mut wide, bf16::to_f32),
+            }
+        } else {
             let rows = wide.par_chunks_exact_mut(self.columns).enumerate();
             let few = (ELEMENTS / self.columns).max(1);
             rows.with_min_len(few).for_each(|(i, to)| self.widen_row(i, to));
         }
         wide
+    }
+
+    /// The rows of a matrix whose columns lie in one piece, some columns at a time.
+    fn turn<T: Copy>(&self, data: &[T], wide: &mut [f32], widen: impl Fn(T) -> f32) {
+        const AT_ONCE: usize = 16;
+        for first in (0..self.columns).step_by(AT_ONCE) {
+            for (i, row) in wide.chunks_exact_mut(self.columns).enumerate() {
+                let from = data[self.index(i, first)..].iter().step_by(self.column_stride.max(1));
+                for (to, &x) in row[first..].iter_mut().take(AT_ONCE).zip(from) {
+                    *to = widen(x);
+                }
+            }
+        }
     }
 
     pub(super) fn widen_row(&self, row: usize, to: &mut [f32]) {

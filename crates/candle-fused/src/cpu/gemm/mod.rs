@@ -232,8 +232,12 @@ fn write_few<T: Store>(
             dot::add(isa, left, m, &product.right, j, sums);
         }
     };
-    let columns = sums.par_iter_mut().enumerate().with_min_len(64);
-    columns.for_each(compute);
+    let work = m * n * left.iter().map(|left| left.len() / m).sum::<usize>();
+    if work < PARALLEL {
+        sums.iter_mut().enumerate().for_each(compute);
+    } else {
+        sums.par_iter_mut().enumerate().with_min_len(64).for_each(compute);
+    }
     let mut row = vec![0f32; n];
     for (i, to) in to.chunks_exact_mut(n).enumerate().take(m) {
         for (x, sums) in row.iter_mut().zip(&sums) {

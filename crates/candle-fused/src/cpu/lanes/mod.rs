@@ -141,10 +141,13 @@ pub(crate) trait Element: WithDType {
     /// # Safety
     /// As for [`Lanes::stream`].
     unsafe fn stream<L: Lanes>(lanes: L, to: &mut Room<Self>);
+
+    /// The row itself, if it is of f32.
+    fn as_f32(row: &[Self]) -> Option<&[f32]>;
 }
 
 macro_rules! element {
-    ($T:ty, $load:ident, $store:ident, $stream:ident) => {
+    ($T:ty, $load:ident, $store:ident, $stream:ident, $as_f32:expr) => {
         impl Element for $T {
             #[inline(always)]
             fn load<L: Lanes>(from: &Piece<Self>) -> L {
@@ -161,12 +164,17 @@ macro_rules! element {
                 // SAFETY: the caller's.
                 unsafe { lanes.$stream(to) }
             }
+
+            #[inline(always)]
+            fn as_f32(row: &[Self]) -> Option<&[f32]> {
+                $as_f32(row)
+            }
         }
     };
 }
-element!(f32, load, store, stream);
-element!(f16, load_f16, store_f16, stream_f16);
-element!(bf16, load_bf16, store_bf16, stream_bf16);
+element!(f32, load, store, stream, Some);
+element!(f16, load_f16, store_f16, stream_f16, |_| None);
+element!(bf16, load_bf16, store_bf16, stream_bf16, |_| None);
 
 /// `e^x`, within 2 units in the last place, subnormal results included; NaN stays NaN.
 ///

@@ -154,7 +154,7 @@ fn lanes_compute_as_floats_do() {
         assert_eq!(a.mul_add(a, L::splat(0.5)).to_array(), std::array::from_fn(|l| (l * l) as f32 + 0.5));
         assert_eq!(a.join(|a, b| a + b), 120.0);
         let shifted = a - L::splat(8.0) + L::splat(ROUND);
-        let expected = std::array::from_fn(|l| 1.25 * 2f32.powi(l as i32 - 8));
+        let expected = std::array::from_fn(|l| 1.25 * (l as f32 - 8.0).exp2());
         assert_eq!(L::splat(1.25).add_to_exponent(shifted).to_array(), expected);
         assert!(a.all_within(15.0) && !a.all_within(14.5) && (-a).all_within(15.0));
     });
