@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use crate::case::Case;
+use crate::measure::Plan;
 use crate::ops;
 use crate::oracle::{self, Expected};
 use crate::protocol::Times;
@@ -64,11 +65,14 @@ pub struct Seen {
 const NOISE_US: f64 = 4_000.0;
 
 /// What is wrong with the times, if anything.
-pub fn times(case: &Case, physics: &Physics, times: &Times, calls: usize, seen: Seen) -> Option<String> {
+pub fn times(case: &Case, physics: &Physics, times: &Times, plan: Plan, seen: Seen) -> Option<String> {
+    if times.samples_us.len() != plan.samples {
+        return Some(format!("{} samples instead of {}", times.samples_us.len(), plan.samples));
+    }
     let us = |duration: Duration| duration.as_secs_f64() * 1e6;
     let claimed: f64 = times.samples_us.iter().sum();
     let wall = us(seen.wall);
-    let least = times.samples_us.iter().copied().fold(f64::INFINITY, f64::min) / ops::as_f64(calls.max(1));
+    let least = times.samples_us.iter().copied().fold(f64::INFINITY, f64::min) / ops::as_f64(plan.calls);
     if !(claimed.is_finite() && least > 0.0) {
         return Some("times that are no times".to_owned());
     }

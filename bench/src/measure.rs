@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::case::Case;
 use crate::judge::{self, Physics, Seen};
@@ -77,7 +78,8 @@ pub struct Measured {
     pub problem: Option<String>,
 }
 
-/// Times an engine that has the round's inputs. A suspicion that noise could explain is looked into a second time.
+/// Times an engine that has the round's inputs, and checks what its last call computed. A suspicion that noise could
+/// explain is looked into a second time.
 pub fn measure(
     session: &mut Session,
     case: &Case,
@@ -85,37 +87,48 @@ pub fn measure(
     round: &Round,
     plan: Plan,
 ) -> Result<Measured> {
-    let first = once(session, case, physics, round, plan)?;
-    if first.problem.is_none() { Ok(first) } else { once(session, case, physics, round, plan) }
+    let first = checked(session, case, physics, round, plan)?;
+    if first.problem.is_none() { Ok(first) } else { checked(session, case, physics, round, plan) }
 }
 
-fn once(
+/// Times an engine between two checks. The time has no value of its own: it counts if the check that follows finds nothing.
+pub fn pass(session: &mut Session, case: &Case, physics: &Physics, plan: Plan) -> Result<Option<f64>> {
+    let (times, wall) = timing(session, plan)?;
+    let seen = Seen { wall, first_output: Duration::ZERO, second_output: Duration::ZERO };
+    let is_plain = judge::times(case, physics, &times, plan, seen).is_none();
+    Ok(is_plain.then(|| per_call(&times, plan)))
+}
+
+fn per_call(times: &Times, plan: Plan) -> f64 {
+    median(&times.samples_us) / ops::as_f64(plan.calls)
+}
+
+fn timing(session: &mut Session, plan: Plan) -> Result<(Times, Duration)> {
+    if plan.way == Way::Graph {
+        session.tell(&Request::Ready { way: plan.way, calls: plan.calls })?;
+    }
+    let request = Request::Time { way: plan.way, samples: plan.samples, calls: plan.calls };
+    match session.ask(&request)? {
+        (Reply::Times(times), wall) => Ok((times, wall)),
+        (Reply::Unsupported { reason }, _) => Err(crate::Error::Unsupported(reason)),
+        (other, _) => Err(session.unexpected("times", &other)),
+    }
+}
+
+fn checked(
     session: &mut Session,
     case: &Case,
     physics: &Physics,
     round: &Round,
     plan: Plan,
 ) -> Result<Measured> {
-    if plan.way == Way::Graph {
-        session.tell(&Request::Ready { way: plan.way, calls: plan.calls })?;
-    }
-    let request = Request::Time { way: plan.way, samples: plan.samples, calls: plan.calls };
-    let (times, wall) = match session.ask(&request)? {
-        (Reply::Times(times), wall) => (times, wall),
-        (Reply::Unsupported { reason }, _) => return Err(crate::Error::Unsupported(reason)),
-        (other, _) => return Err(session.unexpected("times", &other)),
-    };
+    let (times, wall) = timing(session, plan)?;
     let output = round.request(case);
     let first_output = session.tell(&output)?;
     let got = tensors::read(&round.outputs)?;
     let second_output = session.tell(&output)?;
     let seen = Seen { wall, first_output, second_output };
-    let problem = if times.samples_us.len() == plan.samples {
-        judge::outputs(case, &round.expected, round.rows.as_deref(), &got)
-            .or_else(|| judge::times(case, physics, &times, plan.calls, seen))
-    } else {
-        Some(format!("{} samples instead of {}", times.samples_us.len(), plan.samples))
-    };
-    let us = median(&times.samples_us) / ops::as_f64(plan.calls);
-    Ok(Measured { us, times, problem })
+    let problem = judge::outputs(case, &round.expected, round.rows.as_deref(), &got)
+        .or_else(|| judge::times(case, physics, &times, plan, seen));
+    Ok(Measured { us: per_call(&times, plan), times, problem })
 }

@@ -56,13 +56,13 @@ pub struct Outcome {
     pub engine: String,
     pub label: String,
     pub way: Way,
-    /// Median microseconds of a call, in each round.
-    pub rounds_us: Vec<f64>,
-    /// The median of the rounds.
+    /// Median microseconds of a call, in each pass of each round.
+    pub passes_us: Vec<Option<f64>>,
+    /// The median of the passes.
     pub us: Option<f64>,
-    /// Our time over this one, the median of the rounds' ratios.
+    /// Our time over this one, the median of the passes' ratios.
     pub ratio: Option<f64>,
-    /// The distance between the rounds' extreme ratios, relative to their median.
+    /// The distance between the extreme ratios of passes, relative to their median.
     pub ratio_spread: Option<f64>,
     /// Of the measured copy bandwidth, by the minimum bytes.
     pub of_bandwidth: Option<f64>,
@@ -82,7 +82,7 @@ impl Outcome {
             engine: engine.to_owned(),
             label: label.to_owned(),
             way,
-            rounds_us: Vec::new(),
+            passes_us: Vec::new(),
             us: None,
             ratio: None,
             ratio_spread: None,
@@ -95,9 +95,15 @@ impl Outcome {
         }
     }
 
-    /// One more round.
-    pub fn add(&mut self, measured: Measured) {
-        self.rounds_us.push(measured.us);
+    /// The time of a pass.
+    pub fn put(&mut self, slot: usize, us: Option<f64>) {
+        self.passes_us.resize(self.passes_us.len().max(slot + 1), None);
+        self.passes_us[slot] = us;
+    }
+
+    /// A checked pass.
+    pub fn add(&mut self, slot: usize, measured: Measured) {
+        self.put(slot, Some(measured.us));
         self.paths = measured.times.paths.or(self.paths.take());
         self.note = measured.times.note.or(self.note.take());
         self.problem = self.problem.take().or(measured.problem);
@@ -109,21 +115,22 @@ impl CaseReport {
     pub fn new(case: &Case, about: &str, mut outcomes: Vec<Outcome>, physics: &Physics, others: f64) -> Self {
         let cost = ops::cost(case);
         for outcome in outcomes.iter_mut().filter(|outcome| outcome.problem.is_some()) {
-            outcome.rounds_us.clear();
+            outcome.passes_us.clear();
         }
-        let ours: BTreeMap<Way, Vec<f64>> = outcomes
+        let ours: BTreeMap<Way, Vec<Option<f64>>> = outcomes
             .iter()
             .filter(|outcome| outcome.label == BASELINE)
-            .map(|outcome| (outcome.way, outcome.rounds_us.clone()))
+            .map(|outcome| (outcome.way, outcome.passes_us.clone()))
             .collect();
-        for outcome in outcomes.iter_mut().filter(|outcome| !outcome.rounds_us.is_empty()) {
-            let us = median(&outcome.rounds_us);
+        for outcome in outcomes.iter_mut().filter(|outcome| !outcome.passes_us.is_empty()) {
+            let us = median(&outcome.passes_us.iter().flatten().copied().collect::<Vec<_>>());
             outcome.us = Some(us);
             outcome.of_bandwidth = Some(cost.bytes / (us * 1e-6) / physics.copy);
             outcome.of_products = (cost.product_operations > 0.0)
                 .then(|| cost.product_operations / (us * 1e-6) / physics.products(case));
             let ours = ours.get(&outcome.way).map_or(&[][..], Vec::as_slice);
-            let ratios: Vec<f64> = ours.iter().zip(&outcome.rounds_us).map(|(ours, us)| ours / us).collect();
+            let pairs = ours.iter().zip(&outcome.passes_us);
+            let ratios: Vec<f64> = pairs.filter_map(|(ours, us)| Some((*ours)? / (*us)?)).collect();
             if !ratios.is_empty() {
                 outcome.ratio = Some(median(&ratios));
                 outcome.ratio_spread = Some(spread(&ratios));

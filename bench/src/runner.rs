@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::case::{Case, Chosen, DeviceName};
 use crate::judge::Physics;
 use crate::machine::{DISTURBANCE, Work};
-use crate::measure::{Measured, Plan, Round, measure};
+use crate::measure::{Measured, Plan, Round, measure, pass};
 use crate::protocol::{Hello, Reply, Request, Times, Way};
 use crate::report::{CaseReport, Outcome};
 use crate::session::{Session, Start};
@@ -90,8 +90,9 @@ pub struct Settings<'a> {
 
 /// Microseconds that a sample takes at least, where a call is shorter; and that a timing takes about.
 const SAMPLE_US: f64 = 1_500.0;
-const TIMING_US: f64 = 45_000.0;
-const GPU_TIMING_US: f64 = 12_000.0;
+const TIMING_US: f64 = 12_000.0;
+/// Passes of a round on a CPU: the engines' turns follow each other closely, because the machine's pace drifts.
+const PASSES: usize = 6;
 /// An engine whose call takes longer than this has its turn in two rounds only; and than this, in one.
 const SLOW_US: f64 = 400_000.0;
 const SLOWEST_US: f64 = 1_500_000.0;
@@ -127,6 +128,8 @@ struct Entry<'a> {
     plans: Vec<Plan>,
     /// Rounds at most.
     rounds: usize,
+    /// Passes of a round.
+    passes: usize,
     outcomes: Vec<Outcome>,
 }
 
@@ -141,13 +144,15 @@ fn one(
         DeviceName::Cpu => &[Way::Synced],
         DeviceName::Cuda => &[Way::Synced, Way::Pipelined, Way::Graph],
     };
+    let passes = if settings.device == DeviceName::Cpu { PASSES } else { 1 };
     let trial = Round::new(case, settings.seed, settings.scratch)?;
     let mut entries = Vec::new();
     for contender in contenders.iter_mut() {
         if contender.variant == "compiled" && !(case.compiled && settings.compile) {
             continue;
         }
-        let mut entry = Entry { contender, plans: Vec::new(), rounds: settings.rounds, outcomes: Vec::new() };
+        let mut entry =
+            Entry { contender, plans: Vec::new(), rounds: settings.rounds, passes, outcomes: Vec::new() };
         if let Err(error) = entry.prepare(case, &trial, copies, ways, settings) {
             entry.fail(&error);
         }
@@ -189,16 +194,27 @@ fn round(
         entries.iter().filter_map(|entry| entry.contender.process()).chain([std::process::id()]).collect();
     let (start, before) = (Instant::now(), Work::now(&processes));
     let round = Round::new(case, seed, settings.scratch)?;
-    // Nobody always follows the same neighbour.
     let count = entries.len();
-    for turn in 0..count {
-        let turn = if index.is_multiple_of(2) { turn } else { count - 1 - turn };
-        let entry = &mut entries[(turn + index / 2) % count];
+    let mut attempt = |entry: &mut Entry<'_>, what: &dyn Fn(&mut Entry<'_>) -> Result<()>| {
         if !entry.plans.is_empty()
             && index < entry.rounds
-            && let Err(error) = entry.turn(case, &round, copies, settings)
+            && let Err(error) = what(entry)
         {
             entry.fail(&error);
+        }
+    };
+    for entry in &mut *entries {
+        attempt(entry, &|entry| entry.take(&round, copies, settings));
+    }
+    let most = entries.iter().map(|entry| entry.passes).max().unwrap_or(0);
+    for number in 0..most {
+        // Nobody always follows the same neighbour.
+        for turn in 0..count {
+            let turn = if number.is_multiple_of(2) { turn } else { count - 1 - turn };
+            let entry = &mut entries[(turn + index) % count];
+            if number < entry.passes {
+                attempt(entry, &|entry| entry.turn(case, &round, index, number, settings));
+            }
         }
     }
     let (wall, after) = (start.elapsed().as_secs_f64(), Work::now(&processes));
@@ -240,18 +256,18 @@ impl Entry<'_> {
         let request = Request::Prepare { case: *case, variant, eps: ops::EPS, scaling: ops::SCALING };
         session.tell(&request)?;
         session.tell(&Request::Inputs { path: trial.path.clone(), copies, warm: false })?;
-        let timing_us = if settings.device == DeviceName::Cpu { TIMING_US } else { GPU_TIMING_US };
         let mut outcomes = Vec::new();
         for &way in ways {
             let mut outcome = Outcome::new(&engine, &label, way);
-            match plan(session, way, timing_us) {
+            match plan(session, way) {
                 Ok((plan, us)) => {
                     // The first request for outputs may load what writes them.
                     session.tell(&trial.request(case))?;
-                    self.rounds = match us {
-                        us if us > SLOWEST_US => 1,
-                        us if us > SLOW_US => self.rounds.min(2),
-                        _ => self.rounds,
+                    (self.rounds, self.passes) = match us {
+                        us if us > SLOWEST_US => (1, 1),
+                        us if us > SLOW_US => (self.rounds.min(2), 1),
+                        us if us > 4.0 * TIMING_US => (self.rounds, 2),
+                        _ => (self.rounds, self.passes),
                     };
                     self.plans.push(plan);
                 }
@@ -264,19 +280,36 @@ impl Entry<'_> {
         Ok(())
     }
 
-    fn turn(&mut self, case: &Case, round: &Round, copies: usize, settings: &Settings<'_>) -> Result<()> {
+    /// New inputs.
+    fn take(&mut self, round: &Round, copies: usize, settings: &Settings<'_>) -> Result<()> {
+        let warm = self.rounds > 2;
         let session = self.contender.running(settings.device, settings.threads)?;
-        session.tell(&Request::Inputs { path: round.path.clone(), copies, warm: self.rounds > 2 })?;
+        session.tell(&Request::Inputs { path: round.path.clone(), copies, warm }).map(|_| ())
+    }
+
+    /// One pass of a round; the last one's outputs are checked.
+    fn turn(
+        &mut self,
+        case: &Case,
+        round: &Round,
+        index: usize,
+        number: usize,
+        settings: &Settings<'_>,
+    ) -> Result<()> {
+        let slot = index * PASSES + number;
+        let session = self.contender.running(settings.device, settings.threads)?;
         for plan in &self.plans {
-            // What was caught twice is not believed a third time.
-            let is_caught = |outcome: &Outcome| outcome.way == plan.way && outcome.problem.is_some();
-            if self.outcomes.iter().any(is_caught) {
+            let Some(outcome) = self.outcomes.iter_mut().find(|outcome| outcome.way == plan.way) else {
                 continue;
-            }
-            let mut measured = measure(session, case, &settings.physics, round, *plan)?;
-            if let Some(outcome) = self.outcomes.iter_mut().find(|outcome| outcome.way == plan.way) {
+            };
+            if outcome.problem.is_some() {
+                // What was caught twice is not believed a third time.
+            } else if number + 1 < self.passes {
+                outcome.put(slot, pass(session, case, &settings.physics, *plan)?);
+            } else {
+                let mut measured = measure(session, case, &settings.physics, round, *plan)?;
                 check_path(&mut measured, settings.allow_fallback);
-                outcome.add(measured);
+                outcome.add(slot, measured);
             }
         }
         Ok(())
@@ -316,7 +349,7 @@ pub fn check_path(measured: &mut Measured, allow_fallback: bool) {
     }
 }
 
-fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> {
+fn plan(session: &mut Session, way: Way) -> Result<(Plan, f64)> {
     let mut us = f64::INFINITY;
     for calls in [1, 1, 16] {
         if us.is_finite() && (us > SLOW_US || us > SAMPLE_US && calls > 1) {
@@ -340,6 +373,6 @@ fn plan(session: &mut Session, way: Way, timing_us: f64) -> Result<(Plan, f64)> 
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
     let whole = |value: f64, low: f64, high: f64| value.clamp(low, high) as usize;
     let calls = whole((SAMPLE_US / us).ceil(), 1.0, 1000.0);
-    let samples = whole(timing_us / (us * ops::as_f64(calls)), 1.0, 30.0);
+    let samples = whole(TIMING_US / (us * ops::as_f64(calls)), 1.0, 30.0);
     Ok((Plan { way, samples, calls }, us))
 }

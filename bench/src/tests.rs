@@ -189,7 +189,7 @@ fn problem(habit: Habit) -> Option<String> {
     let reports = measured(vec![softmax()], fake(habit), 5e9);
     let outcome = &reports[0].outcomes[0];
     assert_eq!(outcome.us.is_none(), outcome.problem.is_some(), "{outcome:?}");
-    assert_eq!(outcome.rounds_us.is_empty(), outcome.problem.is_some(), "{outcome:?}");
+    assert_eq!(outcome.passes_us.is_empty(), outcome.problem.is_some(), "{outcome:?}");
     outcome.problem.clone()
 }
 
