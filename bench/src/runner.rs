@@ -195,7 +195,7 @@ fn round(
     let (start, before) = (Instant::now(), Work::now(&processes));
     let round = Round::new(case, seed, settings.scratch)?;
     let count = entries.len();
-    let mut attempt = |entry: &mut Entry<'_>, what: &dyn Fn(&mut Entry<'_>) -> Result<()>| {
+    let attempt = |entry: &mut Entry<'_>, what: &dyn Fn(&mut Entry<'_>) -> Result<()>| {
         if !entry.plans.is_empty()
             && index < entry.rounds
             && let Err(error) = what(entry)

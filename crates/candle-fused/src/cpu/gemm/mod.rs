@@ -42,6 +42,8 @@ const COLUMNS: usize = 256;
 const ROWS: usize = 96;
 /// Rows of a 16-bit result that one task sums up in f32.
 const ROUNDED_ROWS: usize = 512;
+/// Columns of one task where there are few rows.
+const FEW_COLUMNS: usize = 128;
 /// Multiplications that are worth waking another thread.
 const PARALLEL: usize = 1 << 19;
 
@@ -141,11 +143,11 @@ pub(crate) fn add_products([m, n]: [usize; 2], products: &[Product], to: &mut [f
     let isa = dispatch::isa();
     if m <= dot::ROWS && products.iter().all(|product| dot::serves(&product.right)) {
         let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
-        for j in 0..n {
-            let mut sums = [0f32; dot::ROWS];
-            for (product, left) in products.iter().zip(&left) {
-                dot::add(isa, left, m, &product.right, j, &mut sums);
-            }
+        let mut sums = vec![[0f32; dot::ROWS]; n];
+        for (product, left) in products.iter().zip(&left) {
+            dot::add(isa, left, m, &product.right, 0, &mut sums);
+        }
+        for (j, sums) in sums.iter().enumerate() {
             for (i, sum) in sums.iter().enumerate().take(m) {
                 to[i * n + j] += sum;
             }
@@ -220,23 +222,26 @@ fn write_few<T: Store>(
 ) {
     let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
     let mut sums = vec![[0f32; dot::ROWS]; n];
-    let compute = |(j, sums): (usize, &mut [f32; dot::ROWS])| {
-        for (i, sum) in sums.iter_mut().enumerate().take(m) {
-            *sum = match start {
-                Start::Zero => 0.0,
-                Start::Row(row) => row[j],
-                Start::Matrix(matrix) => matrix[i * n + j],
-            };
+    let compute = |(block, sums): (usize, &mut [[f32; dot::ROWS]])| {
+        let first = block * FEW_COLUMNS;
+        for (j, sums) in sums.iter_mut().enumerate() {
+            for (i, sum) in sums.iter_mut().enumerate().take(m) {
+                *sum = match start {
+                    Start::Zero => 0.0,
+                    Start::Row(row) => row[first + j],
+                    Start::Matrix(matrix) => matrix[i * n + first + j],
+                };
+            }
         }
         for (product, left) in products.iter().zip(&left) {
-            dot::add(isa, left, m, &product.right, j, sums);
+            dot::add(isa, left, m, &product.right, first, sums);
         }
     };
     let work = m * n * left.iter().map(|left| left.len() / m).sum::<usize>();
     if work < PARALLEL {
-        sums.iter_mut().enumerate().for_each(compute);
+        sums.chunks_mut(FEW_COLUMNS).enumerate().for_each(compute);
     } else {
-        sums.par_iter_mut().enumerate().with_min_len(64).for_each(compute);
+        sums.par_chunks_mut(FEW_COLUMNS).enumerate().for_each(compute);
     }
     let mut row = vec![0f32; n];
     for (i, to) in to.chunks_exact_mut(n).enumerate().take(m) {
