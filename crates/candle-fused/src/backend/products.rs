@@ -8,7 +8,7 @@ use super::cpu::{STREAM, spread};
 use crate::cpu::dispatch;
 use crate::cpu::gemm::{Data, Matrix, Product, Start, sum_of_products};
 use crate::cpu::lanes::Element;
-use crate::cpu::low_rank::{Block, Delta, ROWS};
+use crate::cpu::low_rank::{Backward, Block, Delta, ROWS, Rows};
 
 /// Reads tensors of two dimensions where they lie, whatever their strides.
 pub(crate) fn with_matrices<const N: usize, R>(
@@ -61,36 +61,160 @@ pub(crate) fn product(dtype: DType, dims: [usize; 2], start: Start, products: &[
 
 /// Multiplications that are worth waking another thread.
 const PARALLEL: usize = 1 << 19;
+/// The gradients of low-rank factors have at most so many partial sums, of at least `PARTIAL_ROWS` rows each.
+const PARTIALS: usize = 32;
+const PARTIAL_ROWS: usize = 8 * ROWS;
 
 /// `y = h·Bᵀ` in the dtype of `x [n, in]`, and `h = scaling·x·Aᵀ` in f32, for `A [r, in]` and `B [out, r]`.
 pub(crate) fn low_rank(x: Matrix, a: Matrix, b: Matrix, scaling: f32) -> Result<(Tensor, Tensor)> {
-    let (n, rank, inputs, outputs) = (x.rows, a.rows, a.columns, b.rows);
-    let (a, b) = (a.rows_f32(), b.t().rows_f32());
+    let (n, rank) = (x.rows, a.rows);
+    let (a, b, [inputs, outputs]) = (a.rows_f32(), b.t().rows_f32(), [a.columns, b.rows]);
     let delta = Delta { a: &a, b: &b, rank, inputs, outputs, scaling };
     let mut h = vec![0f32; n * rank];
-    let y = match x.in_rows() {
-        Some((Data::F32(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
-        Some((Data::F16(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
-        Some((Data::BF16(data), offset, stride)) => rows_of(delta, &data[offset..], stride, n, &mut h),
-        None => bail!("rows of a low-rank product must lie in one piece"),
+    let y = match in_rows(&x)? {
+        (Data::F32(data), stride) => rows_of(delta, Rows { data, stride }, n, &mut h),
+        (Data::F16(data), stride) => rows_of(delta, Rows { data, stride }, n, &mut h),
+        (Data::BF16(data), stride) => rows_of(delta, Rows { data, stride }, n, &mut h),
     }?;
     Ok((y, Tensor::from_vec(h, (n, rank), &Device::Cpu)?))
 }
 
-fn rows_of<T: Element>(delta: Delta, x: &[T], stride: usize, n: usize, h: &mut [f32]) -> Result<Tensor> {
+/// A matrix's elements from its first one on, and the distance between its rows.
+fn in_rows<'a>(matrix: &Matrix<'a>) -> Result<(Data<'a>, usize)> {
+    match matrix.in_rows() {
+        Some((Data::F32(data), offset, stride)) => Ok((Data::F32(&data[offset..]), stride)),
+        Some((Data::F16(data), offset, stride)) => Ok((Data::F16(&data[offset..]), stride)),
+        Some((Data::BF16(data), offset, stride)) => Ok((Data::BF16(&data[offset..]), stride)),
+        None => bail!("rows of a low-rank product must lie in one piece"),
+    }
+}
+
+fn rows_of<T: Element>(delta: Delta, x: Rows<T>, n: usize, h: &mut [f32]) -> Result<Tensor> {
     let Delta { rank, inputs, outputs, .. } = delta;
     let mut y: Vec<T> = Vec::with_capacity(n * outputs);
     let stream = n * (inputs + outputs) * size_of::<T>() > STREAM;
     let blocks =
         h.chunks_mut(ROWS * rank).zip(y.spare_capacity_mut()[..n * outputs].chunks_mut(ROWS * outputs));
-    let blocks = blocks.enumerate().map(|(i, (h, y))| (i * ROWS * stride, h, y)).collect();
+    let blocks = blocks.enumerate().map(|(i, (h, y))| (i * ROWS, h, y)).collect();
     spread(blocks, n * (inputs + outputs) * rank >= PARALLEL, |(), (first, h, y)| {
-        let block = Block { delta, x: &x[first..], stride, h, y, stream };
-        dispatch::vectorise(dispatch::isa(), block);
+        dispatch::vectorise(dispatch::isa(), Block { delta, x: x.after(first), h, y, stream });
     });
     // SAFETY: within the capacity; the blocks partition the rows, and each writes all of its own.
     unsafe { y.set_len(n * outputs) };
     Tensor::from_vec(y, (n, outputs), &Device::Cpu)
+}
+
+/// What [`low_rank_backward`] computes.
+#[derive(Clone, Copy)]
+pub(crate) struct LowRankWanted {
+    pub(crate) x: bool,
+    pub(crate) a: bool,
+    pub(crate) b: bool,
+}
+
+/// What it leaves.
+pub(crate) struct LowRankGradients {
+    /// `scaling·g·B [n, r]`
+    pub(crate) e: Vec<f32>,
+    /// `e·A [n, in]` in the dtype of `g`.
+    pub(crate) x: Option<Tensor>,
+    /// `eᵀ·x [r, in]` in f32.
+    pub(crate) a: Option<Tensor>,
+    /// `hᵀ·g [r, out]` in f32.
+    pub(crate) b: Option<Tensor>,
+}
+
+/// The gradients of [`low_rank`] at `x [n, in]` and `h [n, r]`, contiguous and f32, for the gradient `g [n, out]`, for
+/// `A [r, in]` and `B [out, r]`. A sum over rows is made of partial sums in an order that the shape decides.
+pub(crate) fn low_rank_backward(
+    [x, a, b, h, g]: [Matrix; 5],
+    scaling: f32,
+    wanted: LowRankWanted,
+) -> Result<LowRankGradients> {
+    let (rank, h) = (a.rows, h.rows_f32());
+    let (a, b, [inputs, outputs]) = (a.rows_f32(), b.t().rows_f32(), [a.columns, b.rows]);
+    let delta = Delta { a: &a, b: &b, rank, inputs, outputs, scaling };
+    let work = BackwardRows { delta, h: &h, wanted };
+    let (x, (g, stride)) = (in_rows(&x)?, in_rows(&g)?);
+    match g {
+        Data::F32(data) => work.of(x, Rows { data, stride }),
+        Data::F16(data) => work.of(x, Rows { data, stride }),
+        Data::BF16(data) => work.of(x, Rows { data, stride }),
+    }
+}
+
+struct BackwardRows<'a> {
+    delta: Delta<'a>,
+    h: &'a [f32],
+    wanted: LowRankWanted,
+}
+
+impl BackwardRows<'_> {
+    fn of<T: Element>(&self, (x, stride): (Data, usize), gradient: Rows<T>) -> Result<LowRankGradients> {
+        match x {
+            Data::F32(data) => self.run(Rows { data, stride }, gradient),
+            Data::F16(data) => self.run(Rows { data, stride }, gradient),
+            Data::BF16(data) => self.run(Rows { data, stride }, gradient),
+        }
+    }
+
+    fn run<T: Element, U: Element>(&self, x: Rows<U>, gradient: Rows<T>) -> Result<LowRankGradients> {
+        let Self { delta, h, wanted } = *self;
+        let Delta { rank, inputs, outputs, .. } = delta;
+        let n = h.len() / rank;
+        let block = n.div_ceil(PARTIALS).max(PARTIAL_ROWS).next_multiple_of(ROWS);
+        let partials = n.div_ceil(block);
+        let [a_size, b_size] = [(wanted.a, inputs), (wanted.b, outputs)]
+            .map(|(wanted, columns)| if wanted { rank * columns } else { 0 });
+        let mut sums = vec![0f32; partials * (a_size + b_size)];
+        let mut e = vec![0f32; n * rank];
+        let size = if wanted.x { n * inputs } else { 0 };
+        let mut dx: Vec<T> = Vec::with_capacity(size);
+        let mut free = &mut dx.spare_capacity_mut()[..size];
+        let mut free_sums = sums.as_mut_slice();
+        let stream = size * size_of::<T>() > STREAM;
+        let mut tasks = Vec::with_capacity(partials);
+        for (i, (e, h)) in e.chunks_mut(block * rank).zip(h.chunks(block * rank)).enumerate() {
+            let len = if wanted.x { e.len() / rank * inputs } else { 0 };
+            let dx = free.split_off_mut(..len).unwrap_or_default();
+            let da = free_sums.split_off_mut(..a_size).unwrap_or_default();
+            let db = free_sums.split_off_mut(..b_size).unwrap_or_default();
+            tasks.push(Backward {
+                delta,
+                x: x.after(i * block),
+                gradient: gradient.after(i * block),
+                h,
+                e,
+                dx: wanted.x.then_some(dx),
+                da: wanted.a.then_some(da),
+                db: wanted.b.then_some(db),
+                stream,
+            });
+        }
+        spread(tasks, n * (inputs + outputs) * rank >= PARALLEL, |(), task| {
+            dispatch::vectorise(dispatch::isa(), task);
+        });
+        // SAFETY: within the capacity; the tasks partition the rows, and each writes all of its own.
+        unsafe { dx.set_len(size) };
+        let total = |wanted: bool, skip: usize, columns: usize| -> Result<Option<Tensor>> {
+            if !wanted {
+                return Ok(None);
+            }
+            let mut total = vec![0f32; rank * columns];
+            for partial in sums.chunks_exact((a_size + b_size).max(1)) {
+                for (total, partial) in total.iter_mut().zip(&partial[skip..]) {
+                    *total += partial;
+                }
+            }
+            Tensor::from_vec(total, (rank, columns), &Device::Cpu).map(Some)
+        };
+        Ok(LowRankGradients {
+            a: total(wanted.a, 0, inputs)?,
+            b: total(wanted.b, a_size, outputs)?,
+            x: wanted.x.then(|| Tensor::from_vec(dx, (n, inputs), &Device::Cpu)).transpose()?,
+            e,
+        })
+    }
 }
 
 /// A tensor `[b, t, h, d]` as one matrix `[t, d]` for each batch and head.

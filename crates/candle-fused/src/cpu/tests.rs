@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use super::dispatch::{Isa, Vectorised, instruction_sets, vectorise};
 use super::guarded::Guarded;
 use super::lanes::{Element, Lanes};
-use super::low_rank::{Block, Delta};
+use super::low_rank::{Backward, Block, Delta, Rows};
 use super::rows::{self, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
 use crate::ops::lora_linear::Dropout;
@@ -288,7 +288,13 @@ fn low_rank_products_stay_within_their_matrices() {
         let mut y = Guarded::new(&vec![MaybeUninit::new(untouched::<T>()); count * outputs]);
         vectorise(
             isa,
-            Block { delta, x: x.get(), stride, h: h.get_mut(), y: y.get_mut(), stream: count % 2 == 0 },
+            Block {
+                delta,
+                x: Rows { data: x.get(), stride },
+                h: h.get_mut(),
+                y: y.get_mut(),
+                stream: count % 2 == 0,
+            },
         );
         let exact = |i: usize, k: usize| {
             let dot =
@@ -320,6 +326,91 @@ fn low_rank_products_stay_within_their_matrices() {
                     check::<f32>(isa, [count, inputs, outputs, rank]);
                     check::<f16>(isa, [count, inputs, outputs, rank]);
                     check::<bf16>(isa, [count, inputs, outputs, rank]);
+                }
+            }
+        }
+    }
+}
+
+/// Their gradients, likewise.
+#[test]
+fn low_rank_gradients_stay_within_their_matrices() {
+    fn check<T: Element, U: Element>(isa: Isa, [count, inputs, outputs, rank]: [usize; 4]) {
+        let value = |i: usize, seed| value(i, seed) - 1.5;
+        let part = |len: usize, seed| -> Vec<f32> { (0..len).map(|i| value(i, seed) as f32).collect() };
+        let strides = [inputs + 3, outputs + 1];
+        let x: Vec<U> = (0..(count - 1) * strides[0] + inputs).map(|i| U::from_f64(value(i, 1))).collect();
+        let g: Vec<T> = (0..(count - 1) * strides[1] + outputs).map(|i| T::from_f64(value(i, 2))).collect();
+        let (x, g) = (Guarded::new(&x), Guarded::new(&g));
+        let (a, b) = (Guarded::new(&part(rank * inputs, 3)), Guarded::new(&part(rank * outputs, 4)));
+        let h = Guarded::new(&part(count * rank, 5));
+        let delta = Delta { a: a.get(), b: b.get(), rank, inputs, outputs, scaling: 0.5 };
+        let mut e = Guarded::new(&vec![0f32; count * rank]);
+        let mut dx = Guarded::new(&vec![MaybeUninit::new(untouched::<T>()); count * inputs]);
+        // They are added to.
+        let mut da = Guarded::new(&vec![1f32; rank * inputs]);
+        let mut db = Guarded::new(&vec![2f32; rank * outputs]);
+        vectorise(
+            isa,
+            Backward {
+                delta,
+                x: Rows { data: x.get(), stride: strides[0] },
+                gradient: Rows { data: g.get(), stride: strides[1] },
+                h: h.get(),
+                e: e.get_mut(),
+                dx: Some(dx.get_mut()),
+                da: Some(da.get_mut()),
+                db: Some(db.get_mut()),
+                stream: count % 2 == 0,
+            },
+        );
+        let what = format!("{isa:?} {} {count} {inputs} {outputs} {rank}", T::DTYPE.as_str());
+        let f = |x: f32| f64::from(x);
+        let close = |name: &str, got: f64, exact: f64, precision: f64| {
+            assert!(
+                (got - exact).abs() <= precision * exact.abs().max(1.0),
+                "{what}: {name}: {got}, {exact}"
+            );
+        };
+        let g = |i: usize, j: usize| g.get()[i * strides[1] + j].to_f64();
+        let x = |i: usize, j: usize| x.get()[i * strides[0] + j].to_f64();
+        let exact: Vec<f64> = (0..count * rank)
+            .map(|i| {
+                let (row, k) = (i / rank, i % rank);
+                0.5 * (0..outputs).map(|j| g(row, j) * f(b.get()[k * outputs + j])).sum::<f64>()
+            })
+            .collect();
+        for (&got, &exact) in e.get().iter().zip(&exact) {
+            close("e", f(got), exact, 1e-4);
+        }
+        let precision = if T::DTYPE == candle_core::DType::BF16 { 4e-3 } else { 5e-4 };
+        for i in 0..count {
+            for j in 0..inputs {
+                let exact = (0..rank).map(|k| exact[i * rank + k] * f(a.get()[k * inputs + j])).sum();
+                // SAFETY: initialised above.
+                let got = unsafe { dx.get()[i * inputs + j].assume_init() }.to_f64();
+                close("dx", got, exact, precision);
+            }
+        }
+        for k in 0..rank {
+            for j in 0..inputs {
+                let exact = 1.0 + (0..count).map(|i| exact[i * rank + k] * x(i, j)).sum::<f64>();
+                close("da", f(da.get()[k * inputs + j]), exact, 1e-4);
+            }
+            for j in 0..outputs {
+                let exact = 2.0 + (0..count).map(|i| f(h.get()[i * rank + k]) * g(i, j)).sum::<f64>();
+                close("db", f(db.get()[k * outputs + j]), exact, 1e-4);
+            }
+        }
+    }
+    for isa in instruction_sets() {
+        for count in [1, 2, 5, 11, 12, 13, 25] {
+            for rank in [1, 2, 3, 4, 5, 8] {
+                for (inputs, outputs) in [(1, 1), (16, 33), (31, 16), (100, 15), (513, 64), (65, 530)] {
+                    check::<f32, f32>(isa, [count, inputs, outputs, rank]);
+                    check::<f16, f16>(isa, [count, inputs, outputs, rank]);
+                    check::<bf16, bf16>(isa, [count, inputs, outputs, rank]);
+                    check::<bf16, f32>(isa, [count, inputs, outputs, rank]);
                 }
             }
         }

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
 use crate::backend::cpu::{map_element, to_vec};
-use crate::backend::products::{self, product, with_matrices};
+use crate::backend::products::{self, LowRankWanted, product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::elements as row;
@@ -413,22 +413,48 @@ impl Kernel for Gradients<'_> {
         let (weight, dtypes) = (call.weight.as_ref(), [x.dtype(), a.dtype(), b.dtype()]);
         let input = if wanted.a { call.dropped(x)? } else { None };
         let matrices = [input.as_ref().unwrap_or(x), a, b, h, grad, weight.unwrap_or(a)];
+        let in_blocks = low_rank_serves(input.as_ref().unwrap_or(x), b) && low_rank_serves(grad, b);
         with_matrices(matrices, |[input, a, b, h, grad, weight_matrix]| {
-            let grad = Left::new(grad);
             let dims @ [n, r] = [h.rows, h.columns];
-            if wanted.b {
+            let e = if in_blocks {
+                let alone = weight.is_none() && call.dropout.is_none();
+                let parts = LowRankWanted { x: wanted.x && alone, a: wanted.a, b: wanted.b };
+                let parts = products::low_rank_backward([input, a, b, h, grad], call.scaling, parts)?;
+                let factor = |gradient: Option<Tensor>, dtype| {
+                    gradient.map(|gradient| gradient.to_dtype(dtype)).transpose()
+                };
+                gradients[1] = factor(parts.a, dtypes[1])?;
+                let db = factor(parts.b, dtypes[2])?;
+                gradients[2] = db.map(|db| db.t()?.contiguous()).transpose()?;
+                gradients[0] = parts.x;
+                if !wanted.x || alone {
+                    return Ok(gradients);
+                }
+                Some(parts.e)
+            } else {
+                None
+            };
+            let grad = Left::new(grad);
+            if wanted.b && gradients[2].is_none() {
                 let db = Product { left: grad.wide().t(), right: h };
                 gradients[2] = Some(product(dtypes[2], [b.rows, r], Start::Zero, &[db])?);
             }
             if !(wanted.x || wanted.a) {
                 return Ok(gradients);
             }
-            let mut e = sum_of_products::<f32>(dims, Start::Zero, &[Product { left: grad.wide(), right: b }]);
-            for e in &mut e {
-                *e *= call.scaling;
-            }
+            let e = match e {
+                Some(e) => e,
+                None => {
+                    let products = [Product { left: grad.wide(), right: b }];
+                    let mut e = sum_of_products::<f32>(dims, Start::Zero, &products);
+                    for e in &mut e {
+                        *e *= call.scaling;
+                    }
+                    e
+                }
+            };
             let e = Matrix::of_rows(&e, dims)?;
-            if wanted.a {
+            if wanted.a && gradients[1].is_none() {
                 // The few columns of e are the packed side; what they give is turned.
                 let da = Product { left: input.t(), right: e };
                 gradients[1] =

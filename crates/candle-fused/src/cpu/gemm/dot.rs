@@ -96,11 +96,20 @@ fn tile<L: Lanes, T: Element, const R: usize, const C: usize>(
     columns: [&[T]; C],
     sums: &mut [[f32; ROWS]; C],
 ) {
-    let row_pieces = rows.map(<[f32]>::as_chunks::<LANES>);
-    let column_pieces = columns.map(<[T]>::as_chunks::<LANES>);
+    let row_pieces = rows.map(
+        #[inline(always)]
+        |row| row.as_chunks::<LANES>(),
+    );
+    let column_pieces = columns.map(
+        #[inline(always)]
+        |column| column.as_chunks::<LANES>(),
+    );
     let mut totals = [[L::splat(0.0); C]; R];
     for p in 0..column_pieces[0].0.len() {
-        let y: [L; C] = std::array::from_fn(|c| T::load(&column_pieces[c].0[p]));
+        let mut y = [L::splat(0.0); C];
+        for (y, column) in y.iter_mut().zip(&column_pieces) {
+            *y = T::load(&column.0[p]);
+        }
         for (i, totals) in totals.iter_mut().enumerate() {
             let x = L::load(&row_pieces[i].0[p]);
             for (total, y) in totals.iter_mut().zip(y) {
