@@ -2,6 +2,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
+use candlewick_kernels::lora::LoraGradients;
 use half::{bf16, f16};
 
 use super::cpu::{STREAM, spread};
@@ -104,15 +105,7 @@ fn rows_of<T: Element>(delta: Delta, x: Rows<T>, n: usize, h: &mut [f32]) -> Res
     Tensor::from_vec(y, (n, outputs), &Device::Cpu)
 }
 
-/// What [`low_rank_backward`] computes.
-#[derive(Clone, Copy)]
-pub(crate) struct LowRankWanted {
-    pub(crate) x: bool,
-    pub(crate) a: bool,
-    pub(crate) b: bool,
-}
-
-/// What it leaves.
+/// What [`low_rank_backward`] leaves.
 pub(crate) struct LowRankGradients {
     /// `scaling·g·B [n, r]`
     pub(crate) e: Vec<f32>,
@@ -129,7 +122,7 @@ pub(crate) struct LowRankGradients {
 pub(crate) fn low_rank_backward(
     [x, a, b, h, g]: [Matrix; 5],
     scaling: f32,
-    wanted: LowRankWanted,
+    wanted: LoraGradients,
 ) -> Result<LowRankGradients> {
     let (rank, h) = (a.rows, h.rows_f32());
     let (a, b, [inputs, outputs]) = (a.rows_f32(), b.t().rows_f32(), [a.columns, b.rows]);
@@ -146,7 +139,7 @@ pub(crate) fn low_rank_backward(
 struct BackwardRows<'a> {
     delta: Delta<'a>,
     h: &'a [f32],
-    wanted: LowRankWanted,
+    wanted: LoraGradients,
 }
 
 impl BackwardRows<'_> {

@@ -10,7 +10,7 @@ use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
 use crate::backend::cpu::{map_element, to_vec};
-use crate::backend::products::{self, LowRankWanted, product, with_matrices};
+use crate::backend::products::{self, LowRankGradients, product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::elements as row;
@@ -389,6 +389,31 @@ impl Backward<3> for LowRankBackward {
     }
 }
 
+/// As [`products::low_rank_backward`], by whole products, for many ranks; without x's.
+fn factors_by_products(
+    [input, b, h]: [Matrix; 3],
+    gradient: &Left,
+    scaling: f32,
+    wanted: LoraGradients,
+) -> Result<LowRankGradients> {
+    let [n, r] = [h.rows, h.columns];
+    let few = |left: Matrix, right| {
+        product(DType::F32, [left.rows, r], Start::Zero, &[Product { left, right }])?.t()
+    };
+    let b_gradient = wanted.b.then(|| few(gradient.wide().t(), h)).transpose()?;
+    let mut e = Vec::new();
+    if wanted.x || wanted.a {
+        let products = [Product { left: gradient.wide(), right: b }];
+        e = sum_of_products::<f32>([n, r], Start::Zero, &products);
+        for e in &mut e {
+            *e *= scaling;
+        }
+    }
+    // The few columns of e are the packed side.
+    let a_gradient = wanted.a.then(|| few(input.t(), Matrix::of_rows(&e, [n, r])?)).transpose()?;
+    Ok(LowRankGradients { e, x: None, a: a_gradient, b: b_gradient })
+}
+
 struct Gradients<'a> {
     saved: &'a LowRankBackward,
     /// `[n, in]`
@@ -415,56 +440,31 @@ impl Kernel for Gradients<'_> {
         let matrices = [input.as_ref().unwrap_or(x), a, b, h, grad, weight.unwrap_or(a)];
         let in_blocks = low_rank_serves(input.as_ref().unwrap_or(x), b) && low_rank_serves(grad, b);
         with_matrices(matrices, |[input, a, b, h, grad, weight_matrix]| {
-            let dims @ [n, r] = [h.rows, h.columns];
-            let e = if in_blocks {
-                let alone = weight.is_none() && call.dropout.is_none();
-                let parts = LowRankWanted { x: wanted.x && alone, a: wanted.a, b: wanted.b };
-                let parts = products::low_rank_backward([input, a, b, h, grad], call.scaling, parts)?;
-                let factor = |gradient: Option<Tensor>, dtype| {
-                    gradient.map(|gradient| gradient.to_dtype(dtype)).transpose()
-                };
-                gradients[1] = factor(parts.a, dtypes[1])?;
-                let db = factor(parts.b, dtypes[2])?;
-                gradients[2] = db.map(|db| db.t()?.contiguous()).transpose()?;
-                gradients[0] = parts.x;
-                if !wanted.x || alone {
-                    return Ok(gradients);
-                }
-                Some(parts.e)
+            let left = Left::new(grad);
+            let alone = weight.is_none() && call.dropout.is_none() && in_blocks;
+            let parts = if in_blocks {
+                let wanted = LoraGradients { x: wanted.x && alone, ..wanted };
+                products::low_rank_backward([input, a, b, h, grad], call.scaling, wanted)?
             } else {
-                None
+                factors_by_products([input, b, h], &left, call.scaling, wanted)?
             };
-            let grad = Left::new(grad);
-            if wanted.b && gradients[2].is_none() {
-                let db = Product { left: grad.wide().t(), right: h };
-                gradients[2] = Some(product(dtypes[2], [b.rows, r], Start::Zero, &[db])?);
+            let stored = |gradient: Tensor, dtype| gradient.contiguous()?.to_dtype(dtype).map(Some);
+            if let Some(da) = parts.a {
+                gradients[1] = stored(da, dtypes[1])?;
             }
-            if !(wanted.x || wanted.a) {
+            if let Some(db) = parts.b {
+                gradients[2] = stored(db.t()?, dtypes[2])?;
+            }
+            if alone {
+                gradients[0] = parts.x;
                 return Ok(gradients);
             }
-            let e = match e {
-                Some(e) => e,
-                None => {
-                    let products = [Product { left: grad.wide(), right: b }];
-                    let mut e = sum_of_products::<f32>(dims, Start::Zero, &products);
-                    for e in &mut e {
-                        *e *= call.scaling;
-                    }
-                    e
-                }
-            };
-            let e = Matrix::of_rows(&e, dims)?;
-            if wanted.a && gradients[1].is_none() {
-                // The few columns of e are the packed side; what they give is turned.
-                let da = Product { left: input.t(), right: e };
-                gradients[1] =
-                    Some(product(dtypes[1], [a.columns, r], Start::Zero, &[da])?.t()?.contiguous()?);
-            }
             if wanted.x {
+                let e = Matrix::of_rows(&parts.e, [h.rows, h.columns])?;
                 let base =
-                    weight.map(|_| Product { left: grad.beside(&weight_matrix), right: weight_matrix });
+                    weight.map(|_| Product { left: left.beside(&weight_matrix), right: weight_matrix });
                 let low = Product { left: e, right: a };
-                let dims = [n, a.columns];
+                let dims = [h.rows, a.columns];
                 gradients[0] = Some(match call.dropout {
                     None => {
                         let products: Vec<_> = base.into_iter().chain([low]).collect();
