@@ -370,7 +370,7 @@ impl Lora {
                 params: self.dropout_params(params).bytes(),
             });
         }
-        launches.extend(column_sum::launch(OP, self.adapter, tuning, parts, sums, (partial, total))?);
+        launches.extend(column_sum::launch(OP, self.adapter, tuning, parts, sums, (partial, total), None)?);
         Ok(())
     }
 }

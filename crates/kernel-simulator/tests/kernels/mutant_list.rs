@@ -114,7 +114,13 @@ pub const MUTANTS: &[Mutant] = &[
 
     // ---- layer_norm.metal ----
     text(Shown::LayerNorm, "columns beyond the last are loaded", OUT_OF_BOUNDS,
-        "if (column >= columns) continue;\n        load_chunk(x_row + column, x + held_at(k));", "load_chunk(x_row + column, x + held_at(k));"),
+        "if (column < columns) load_chunk(row + column", "load_chunk(row + column"),
+    text(Shown::LayerNormBackward, "columns beyond the last are loaded ahead", OUT_OF_BOUNDS,
+        "if (column < columns) packed[k] =", "packed[k] ="),
+    text(Shown::LayerNormBackward, "rows beyond the last are loaded ahead", OUT_OF_BOUNDS, "if (p.rows - row > p.teams)", "if (p.rows > 0u)"),
+    text(Shown::LayerNormBackward, "a sum of three has the scratch of two", OUT_OF_BOUNDS,
+        "TG_ARRAY(float, scratch, 3 * SIMDGROUP_SIZE)", "TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE)"),
+    text(Shown::LayerNormBackward, "both column sums are one total", ANY_RACE, "? first_total : second_total", "? first_total : first_total"),
     text(Shown::LayerNorm, "the bias is read beyond its end", OUT_OF_BOUNDS, "load_chunk(bias + column, b)", "load_chunk(bias + column + 4u, b)"),
     text(Shown::LayerNormBackward, "the bias' partial sums go to the weight's", UNINITIALISED,
         "bias_row = bias_partial +", "bias_row = weight_partial +"),
