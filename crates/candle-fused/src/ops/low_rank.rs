@@ -11,11 +11,12 @@ use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients
 
 use crate::backend::cpu::{map_element, to_vec};
 use crate::backend::products::{self, LowRankWanted, product, with_matrices};
-use crate::backend::{self, Attempt, Kernel, gpu};
+use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::graph::{self, Backward, tracked};
+use crate::ops::low_rank_products;
 use crate::philox::{halves, philox4x32};
 
 /// How A and B lie.
@@ -227,9 +228,15 @@ impl Kernel for Base<'_> {
         })
     }
 
-    /// Candle's own product is the kernel.
+    /// The device's own product is the kernel.
     fn gpu(&self) -> Attempt<Tensor> {
-        Ok(self.composed()?)
+        let Self { left, right, bias } = *self;
+        match bias.filter(|_| fewest_for_products(left.device()).is_some()) {
+            Some(bias) if left.elem_count() * right.elem_count() > 0 => {
+                Ok(low_rank_products::with_bias(left, right, bias)?)
+            }
+            _ => Ok(self.composed()?),
+        }
     }
 }
 
@@ -347,13 +354,17 @@ impl Kernel for Forward<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let Self { call, a, b, .. } = *self;
+        let Self { call, a, b, bias, .. } = *self;
         let x = &gpu::contiguous(self.x)?;
+        if low_rank_products::serve(call, x, a, b) {
+            let (y, h) = low_rank_products::forward(call, [x, a, b], bias)?;
+            return Ok((y, Some(h)));
+        }
         let plans = call.plans(x, a, b)?;
         let shape = Shape::from((plans.rows, plans.outputs));
         let mut outputs = match &call.weight {
             Some(weight) => {
-                let base = Base { left: x, right: &weight.t()?, bias: self.bias }.composed()?;
+                let base = Base { left: x, right: &weight.t()?, bias }.gpu()?;
                 gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
             }
             None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
@@ -482,8 +493,11 @@ impl Kernel for Gradients<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let Self { saved: LowRankBackward { call, .. }, a, b, wanted, .. } = *self;
+        let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
+        if let Some(h) = h {
+            return Ok(low_rank_products::gradients(call, [x, a, b], [h, grad], wanted)?);
+        }
         let plans = call.plans(x, a, b)?;
         // A factor's gradient lies as the factor does.
         let lying = |strides: FactorStrides, columns| {
