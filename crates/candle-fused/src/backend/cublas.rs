@@ -84,10 +84,23 @@ pub(super) fn product(
         _ => CUBLAS_COMPUTE_32F,
     };
     let ((left, of_left), (right, of_right)) = (operand(left)?, operand(right)?);
+    queue(device, [(&right, &of_right), (&left, &of_left)], &sum, [scale, beta], compute)?;
+    Ok(sum)
+}
+
+/// Queues a product of factors that lie so. Row-major `C = L·R` is column-major `Cᵀ = Rᵀ·Lᵀ`: the right factor is the first.
+fn queue(
+    device: &CudaDevice,
+    [(right, of_right), (left, of_left)]: [(&Tensor, &Lies); 2],
+    sum: &Tensor,
+    [alpha, beta]: [f32; 2],
+    compute: sys::cublasComputeType_t,
+) -> Result<()> {
+    let ((m, k), n) = (left.dims2()?, right.dim(1)?);
     let blas = device.cublas_handle();
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().map_err(Error::wrap)?;
-    let tensors = [&left, &right, &sum];
+    let tensors = [left, right, sum];
     let storages = tensors.map(|tensor| tensor.storage_and_layout().0);
     let mut guards = Vec::with_capacity(tensors.len());
     let mut addresses = Vec::with_capacity(tensors.len());
@@ -103,11 +116,12 @@ pub(super) fn product(
         addresses.push((address + offset as u64) as *mut c_void);
         guards.push(guard);
     }
-    let &[left, right, sum_address] = &addresses[..] else { bail!("a product has three matrices") };
-    // Row-major C = L·R is column-major Cᵀ = Rᵀ·Lᵀ.
+    let &[left_address, right_address, sum_address] = &addresses[..] else {
+        bail!("a product has three matrices")
+    };
     // SAFETY: the sizes, strides and offsets are those of tensors that are alive until the call returns, and the work is
     // queued on the stream that everything else on this device is queued on. `sum` is a fresh tensor that only this
-    // product writes. The two factors are read from the host before the call returns.
+    // product writes. alpha and beta are read before the call returns.
     unsafe {
         result::gemm_ex(
             *blas.handle(),
@@ -116,12 +130,12 @@ pub(super) fn product(
             int(n)?,
             int(m)?,
             int(k)?,
-            ptr::from_ref(&scale).cast(),
-            right,
-            type_of(dtype)?,
+            ptr::from_ref(&alpha).cast(),
+            right_address,
+            type_of(right.dtype())?,
             of_right.leading,
-            left,
-            type_of(dtype)?,
+            left_address,
+            type_of(left.dtype())?,
             of_left.leading,
             ptr::from_ref(&beta).cast(),
             sum_address,
@@ -131,7 +145,5 @@ pub(super) fn product(
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
         )
     }
-    .map_err(Error::wrap)?;
-    drop((guards, storages));
-    Ok(sum)
+    .map_err(Error::wrap)
 }

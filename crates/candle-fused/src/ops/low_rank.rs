@@ -4,7 +4,8 @@
 //! `dB = gᵀ·h`, `dA = eᵀ·D(x)`, `dx = g·W + D(e·A)`, where `D` recomputes its mask. Nothing computes a gradient of `W`
 //! or the bias. `x·Aᵀ` is one product for all columns of the output, never once for each.
 //!
-//! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`.
+//! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`. Large ones on a device whose
+//! products add to what is there are [`low_rank_products`]'.
 
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
