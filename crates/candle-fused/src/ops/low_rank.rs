@@ -213,7 +213,7 @@ pub(super) struct Base<'a> {
 
 impl Base<'_> {
     fn composed(&self) -> Result<Tensor> {
-        let term = &self.left.matmul(&operand(self.right)?)?;
+        let term = &operand(self.left)?.matmul(&operand(self.right)?)?;
         Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
     }
 }
@@ -232,12 +232,11 @@ impl Kernel for Base<'_> {
     /// The device's own product is the kernel.
     fn gpu(&self) -> Attempt<Tensor> {
         let Self { left, right, bias } = *self;
-        match bias.filter(|_| fewest_for_products(left.device()).is_some()) {
-            Some(bias) if left.elem_count() * right.elem_count() > 0 => {
-                Ok(low_rank_products::with_bias(left, right, bias)?)
-            }
-            _ => Ok(self.composed()?),
+        let adds = fewest_for_products(left.device()).is_some();
+        if adds && left.elem_count() > 0 && right.elem_count() > 0 {
+            return Ok(low_rank_products::base(left, right, bias)?);
         }
+        Ok(self.composed()?)
     }
 }
 
@@ -284,7 +283,7 @@ impl LowRank {
     }
 
     /// The plans for `x [n, in]`, A and B, with a base product or not.
-    fn plans(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Plans> {
+    pub(super) fn plans(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Plans> {
         let ((rows, inputs), (outputs, rank)) = (x.dims2()?, b.dims2()?);
         let (a_strides, b_strides) = (a.stride(), b.stride());
         Ok(Plans {
@@ -357,7 +356,7 @@ impl Kernel for Forward<'_> {
     fn gpu(&self) -> Attempt<Self::Output> {
         let Self { call, a, b, bias, .. } = *self;
         let x = &gpu::contiguous(self.x)?;
-        if low_rank_products::serve(call, x, a, b) {
+        if low_rank_products::serve(x, a, b) {
             let (y, h) = low_rank_products::forward(call, [x, a, b], bias)?;
             return Ok((y, Some(h)));
         }
@@ -497,7 +496,7 @@ impl Kernel for Gradients<'_> {
         let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
         if let Some(h) = h {
-            return Ok(low_rank_products::gradients(call, [x, a, b], [h, grad], wanted)?);
+            return low_rank_products::gradients(call, [x, a, b], [h, grad], wanted);
         }
         let plans = call.plans(x, a, b)?;
         // A factor's gradient lies as the factor does.

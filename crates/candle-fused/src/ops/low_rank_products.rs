@@ -5,35 +5,65 @@
 //! of our own for the thin products would read and write the same bytes.
 //!
 //! Factors, `h` and `e` are in the dtype of `x`: f32 factors beside a bf16 `x`, whose range they share, are rounded for
-//! the products. Sums are f32, and the factors' gradients are rounded to their own dtype.
+//! the products. Sums are f32, and the factors' gradients are rounded to their own dtype. Dropout takes a pass of its own,
+//! which rounds nothing: its factor goes into the next product.
 
 use candle_core::{DType, Result, Tensor};
-use candlewick_kernels::lora::LoraGradients;
+use candlewick_kernels::lora::{Lora as Plans, LoraGradients};
 
 use super::low_rank::LowRank;
-use crate::backend::{Place, fewest_for_products, product_onto};
+use crate::backend::{Attempt, Place, fewest_for_products, gpu, product_onto};
 
-/// Whether these are the way for `x [n, in]`, `a [r, in]` and `b [out, r]`: there is enough to compute, and no mask,
-/// which the kernels make.
-pub(super) fn serve(call: &LowRank, x: &Tensor, a: &Tensor, b: &Tensor) -> bool {
+/// Whether these are the way for `x [n, in]`, `a [r, in]` and `b [out, r]`.
+pub(super) fn serve(x: &Tensor, a: &Tensor, b: &Tensor) -> bool {
     let (Ok((n, inputs)), Ok((outputs, rank))) = (x.dims2(), b.dims2()) else { return false };
     let multiplications = n.saturating_mul(rank).saturating_mul(inputs.saturating_add(outputs));
     let enough = fewest_for_products(x.device()).is_some_and(|fewest| multiplications >= fewest);
-    enough
-        && inputs > 0
-        && outputs > 0
-        && (a.dtype() == x.dtype() || x.dtype() == DType::BF16)
-        && call.dropout.is_none_or(|dropout| dropout.p == 0.0)
+    enough && inputs > 0 && outputs > 0 && (a.dtype() == x.dtype() || x.dtype() == DType::BF16)
 }
 
-/// `left·right + bias`, for a device of [`fewest_for_products`].
-pub(super) fn with_bias(left: &Tensor, right: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    product_onto(left, right, 1.0, Place::Onto(as_rows(bias, left.dim(0)?)?))
+/// A dropout's mask, and the factor of what it keeps.
+struct Mask {
+    plans: Plans,
+    kept: f32,
 }
 
-/// `n` rows that each are the bias.
-fn as_rows(bias: &Tensor, n: usize) -> Result<Tensor> {
-    bias.detach().broadcast_left(n)?.force_contiguous()
+impl Mask {
+    fn of(call: &LowRank, [x, a, b]: [&Tensor; 3]) -> Result<Option<Self>> {
+        let dropout = call.dropout.filter(|dropout| dropout.p > 0.0);
+        let mask = |p: f32| Ok(Self { plans: call.plans(x, a, b)?, kept: 1.0 / (1.0 - p) });
+        dropout.map(|dropout| mask(dropout.p)).transpose()
+    }
+}
+
+/// The factor of a product with what was masked.
+fn factor(mask: Option<&Mask>) -> f32 {
+    mask.map_or(1.0, |mask| mask.kept)
+}
+
+/// `x`, masked where there is a dropout.
+fn masked(mask: Option<&Mask>, x: &Tensor) -> Attempt<Tensor> {
+    let Some(Mask { plans, .. }) = mask else { return Ok(x.clone()) };
+    Ok(gpu::run(&[x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+}
+
+/// As [`masked`], of a fresh tensor that nobody else has, in its place.
+fn masked_in_place(mask: Option<&Mask>, x: Tensor) -> Attempt<Tensor> {
+    let Some(Mask { plans, .. }) = mask else { return Ok(x) };
+    Ok(gpu::run_in_place(&[&x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+}
+
+/// Where a product of `n` rows in this dtype goes: onto the bias in each of them, or into a tensor of its own.
+fn place(bias: Option<&Tensor>, n: usize, dtype: DType) -> Result<Place> {
+    match bias {
+        Some(bias) => Ok(Place::Onto(bias.detach().broadcast_left(n)?.force_contiguous()?)),
+        None => Ok(Place::Fresh(dtype)),
+    }
+}
+
+/// `left·right + bias`, of matrices that are not empty.
+pub(super) fn base(left: &Tensor, right: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    product_onto(left, right, 1.0, place(bias, left.dim(0)?, left.dtype())?)
 }
 
 /// The result `[n, out]`, and `h`.
@@ -41,27 +71,25 @@ pub(super) fn forward(
     call: &LowRank,
     [x, a, b]: [&Tensor; 3],
     bias: Option<&Tensor>,
-) -> Result<(Tensor, Tensor)> {
+) -> Attempt<(Tensor, Tensor)> {
     let dtype = x.dtype();
-    let h = product_onto(x, &a.to_dtype(dtype)?.t()?, call.scaling, Place::Fresh(dtype))?;
-    let place = match bias {
-        Some(bias) => Place::Onto(as_rows(bias, h.dim(0)?)?),
-        None => Place::Fresh(dtype),
-    };
-    let y = product_onto(&h, &b.to_dtype(dtype)?.t()?, 1.0, place)?;
+    let mask = Mask::of(call, [x, a, b])?;
+    let scale = call.scaling * factor(mask.as_ref());
+    let h = product_onto(&masked(mask.as_ref(), x)?, &a.to_dtype(dtype)?.t()?, scale, Place::Fresh(dtype))?;
+    let y = base(&h, &b.to_dtype(dtype)?.t()?, bias)?;
     match &call.weight {
         Some(weight) => Ok((product_onto(x, &weight.t()?, 1.0, Place::Onto(y))?, h)),
         None => Ok((y, h)),
     }
 }
 
-/// `left·right`, of the dtype of the factor whose gradient it is, and lying as that does.
-fn like(factor: &Tensor, left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    let place = Place::Fresh(factor.dtype());
-    if factor.is_contiguous() {
-        product_onto(left, right, 1.0, place)
+/// `scale·left·right`, of the dtype of the matrix whose gradient it is, and lying as that does.
+fn like(matrix: &Tensor, left: &Tensor, right: &Tensor, scale: f32) -> Result<Tensor> {
+    let place = Place::Fresh(matrix.dtype());
+    if matrix.is_contiguous() {
+        product_onto(left, right, scale, place)
     } else {
-        product_onto(&right.t()?, &left.t()?, 1.0, place)?.t()
+        product_onto(&right.t()?, &left.t()?, scale, place)?.t()
     }
 }
 
@@ -71,21 +99,31 @@ pub(super) fn gradients(
     [x, a, b]: [&Tensor; 3],
     [h, grad]: [&Tensor; 2],
     wanted: LoraGradients,
-) -> Result<[Option<Tensor>; 3]> {
+) -> Attempt<[Option<Tensor>; 3]> {
     let dtype = x.dtype();
-    let e = (wanted.x || wanted.a)
-        .then(|| product_onto(grad, &b.to_dtype(dtype)?, call.scaling, Place::Fresh(dtype)))
-        .transpose()?;
-    // The gradient has just been read: some of it is still in the cache.
-    let db = wanted.b.then(|| like(b, &grad.t()?, h)).transpose()?;
-    let Some(e) = e else { return Ok([None, None, db]) };
-    let da = wanted.a.then(|| like(a, &e.t()?, x)).transpose()?;
-    let dx = wanted.x.then(|| {
-        let dx = product_onto(&e, &a.to_dtype(dtype)?, 1.0, Place::Fresh(dtype))?;
-        match &call.weight {
-            Some(weight) => product_onto(grad, weight, 1.0, Place::Onto(dx)),
-            None => Ok(dx),
-        }
-    });
-    Ok([dx.transpose()?, da, db])
+    let mask = Mask::of(call, [x, a, b])?;
+    let (mask, kept) = (mask.as_ref(), factor(mask.as_ref()));
+    let mut gradients = [None, None, None];
+    let e = if wanted.x || wanted.a {
+        Some(product_onto(grad, &b.to_dtype(dtype)?, call.scaling, Place::Fresh(dtype))?)
+    } else {
+        None
+    };
+    if wanted.b {
+        // The gradient has just been read: some of it is still in the cache.
+        gradients[2] = Some(like(b, &grad.t()?, h, 1.0)?);
+    }
+    let Some(e) = e else { return Ok(gradients) };
+    if wanted.a {
+        gradients[1] = Some(like(a, &e.t()?, &masked(mask, x)?, kept)?);
+    }
+    if wanted.x {
+        let dx = product_onto(&e, &a.to_dtype(dtype)?, kept, Place::Fresh(dtype))?;
+        let dx = masked_in_place(mask, dx)?;
+        gradients[0] = Some(match &call.weight {
+            Some(weight) => product_onto(grad, weight, 1.0, Place::Onto(dx))?,
+            None => dx,
+        });
+    }
+    Ok(gradients)
 }

@@ -216,4 +216,9 @@ pub const MUTANTS: &[Mutant] = &[
     plan(Shown::RmsNorm, "x and y are exchanged", UNINITIALISED, |plan| plan.launches[0].arguments.swap(0, 2)),
     plan(Shown::RmsNormBackward, "the second stage comes first", UNINITIALISED, |plan| plan.launches.swap(0, 1)),
     plan(Shown::RmsNormBackward, "the second stage is missing", UNWRITTEN, |plan| plan.launches.truncate(1)),
+
+    // ---- lora_mask.metal ----
+    text(Shown::LoraMask, "chunks beyond the last", OUT_OF_BOUNDS, "if (chunk_index >= p.chunks) return;", ""),
+    text(Shown::LoraMask, "every second chunk", UNWRITTEN, "if (chunk_index >= p.chunks) return;", "if (chunk_index >= p.chunks || chunk_index % 2u == 1u) return;"),
+    text(Shown::LoraMask, "the mask goes where x came from", WRITE_TO_INPUT, "store_chunk(y + at, values)", "store_chunk((DEVICE T*)x + at, values)"),
 ];
