@@ -5,9 +5,11 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use candle_fused::{LoraLayout, Mask, RopeLayout};
+use candle_fused::{Dropout, LoraLayout, Mask, RopeLayout};
 use common::cases::*;
-use common::{Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, values, with_less_instructions};
+use common::{
+    Arg, Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, values, with_less_instructions,
+};
 
 /// The cases of one operation in every size, layout and dtype.
 fn everywhere(cases: fn(usize, Lies) -> Vec<Case>) {
@@ -135,6 +137,36 @@ fn weight_gradients_over_many_rows() {
             let (x, p) = (arg(&[1100, 33]), arg(&[33]));
             rms_norm(vec![x.clone(), p.clone()], 1e-6).error_rule(dtype, &device);
             layer_norm(vec![x, p.clone(), p], true, 1e-6).error_rule(dtype, &device);
+        }
+    }
+}
+
+/// Enough to compute for a device's own products, where these add to what is there; and the same bits again.
+#[test]
+fn lora_over_many_rows() {
+    let (x, a, b) = (arg(&[2, 1031, 512]), arg(&[12, 512]), arg(&[384, 12]));
+    let (weight, bias) = (arg(&[384, 512]).frozen(), arg(&[384]).frozen());
+    let wide = |factor: &Arg| factor.clone().dtype(DType::F32);
+    let window = |dims: &[usize]| arg(dims).lies(Lies::Window);
+    let dropout = Some(Dropout { p: 0.3, seed: 7 });
+    let cases = [
+        lora_linear(vec![x.clone(), a.clone(), b.clone(), weight.clone(), bias.clone()], None),
+        lora_linear(vec![x.clone(), wide(&a), wide(&b), weight.clone()], None),
+        lora_linear(vec![x.clone(), a.clone(), b.clone(), weight.clone(), bias.clone()], dropout),
+        lora_linear(vec![x.clone(), wide(&a), wide(&b), weight.clone()], dropout),
+        lora_linear(vec![x.clone().frozen(), a.clone(), b, weight.clone(), bias.clone()], None),
+        lora_delta(vec![x.clone(), a, window(&[384, 12])], LoraLayout::Peft),
+        lora_delta(vec![x.clone(), window(&[512, 12]), arg(&[12, 384])], LoraLayout::Seed),
+        frozen_linear(vec![x, weight, bias]),
+    ];
+    for device in devices() {
+        for case in &cases {
+            for dtype in DTYPES {
+                case.error_rule(dtype, &device);
+            }
+            let bases = bases(&case.args, DType::BF16).unwrap();
+            let run = || run(true, &case.args, &bases, DType::BF16, &device, &case.fused).unwrap().tensors;
+            assert!(run() == run(), "{}: two runs differ", case.what);
         }
     }
 }

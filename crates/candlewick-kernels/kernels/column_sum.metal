@@ -5,14 +5,19 @@
 // A threadgroup takes SIMDGROUP_SIZE columns, one a lane, so that each simdgroup reads whole cache lines; its
 // simdgroups share the rows: rows s, s + simdgroups, … are simdgroup s's. The simdgroups' sums meet in threadgroup
 // memory and are added in their order. Order depends on shapes alone: same input, same bits.
+//
+// A second matrix of the same shape is summed by the same launch, TG_POS.y = 1: a norm's bias beside its weight.
 
 struct ColumnSumParams {
     uint parts;
     uint columns;
 };
 
-KERNEL(column_sum, DEVICE const float* partial, DEVICE T* total, PARAM(ColumnSumParams, p)) {
+KERNEL(column_sum, DEVICE const float* first_partial, DEVICE T* first_total, DEVICE const float* second_partial,
+       DEVICE T* second_total, PARAM(ColumnSumParams, p)) {
     TG_ARRAY(float, strips, SIMDGROUP_SIZE * STRIPS);
+    DEVICE const float* partial = TG_POS.y == 0u ? first_partial : second_partial;
+    DEVICE T* total = TG_POS.y == 0u ? first_total : second_total;
     const uint column = TG_POS.x * SIMDGROUP_SIZE + LANE;
     float sum = 0.0f;
     if (column < p.columns) {

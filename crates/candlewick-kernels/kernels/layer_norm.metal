@@ -4,8 +4,8 @@
 //   dx = r · (g·w − mean(g·w) − x̂ · mean(g·w·x̂))
 //   dw = Σ_rows g · x̂        db = Σ_rows g
 //
-// Memory. As rms_norm: the row stays in registers, mean and r are recomputed by the backward, the sums over rows are
-// per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
+// Memory. As rms_norm: the row stays in registers, mean and r are recomputed by the backward, which loads the next row
+// while it works on one; the sums over rows are per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
 // second pass over the registers: the difference of mean square and squared mean would cancel.
 //
 // Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by
@@ -25,7 +25,7 @@ DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= columns) continue;
-        load_chunk(x_row + column, x + held_at(k));
+        if (LOOPED) load_chunk(x_row + column, x);
         for (uint i = 0u; i < WIDTH; i++) sum = fma(x[held_at(k) + i], share, sum);
     }
     return row_sum(team, sum);
@@ -58,10 +58,9 @@ DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THR
     return row_max(team, largest);
 }
 
-// Loads the row into x (all of it where it is held) and takes its mean; gives r.
-DEVFN float moments_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps,
-                       THREAD float& mean) {
-    mean = mean_of(team, x_row, x, columns);
+// r of a row with this mean; where the row is not LOOPED, x holds it.
+DEVFN float inverse_deviation(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
+                              float eps) {
     const float square = mean_square(team, x_row, x, columns, mean, 1.0f);
     if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
     const float largest = largest_distance(team, x_row, x, columns, mean);
@@ -82,8 +81,9 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
     DEVICE T* y_row = y + ulong(row) * p.columns;
 
     float values[HELD];
-    float mean;
-    const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
+    load_row(team, x_row, values, p.columns);
+    const float mean = mean_of(team, x_row, values, p.columns);
+    const float r = inverse_deviation(team, x_row, values, p.columns, mean, p.eps);
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= p.columns) continue;
@@ -104,9 +104,35 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
     }
 }
 
+// Σ (x − mean)², Σ g·w·(x − mean)·scale and Σ g·w of a row; where the row is not LOOPED, x and g hold it and the gradient.
+DEVFN void weighted_sums(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row,
+                         DEVICE const T* weight, THREAD float* x, THREAD float* g, uint columns, float mean,
+                         float scale, THREAD float& squares, THREAD float& dot, THREAD float& sum) {
+    squares = 0.0f;
+    dot = 0.0f;
+    sum = 0.0f;
+    for (uint k = 0u; k < row_chunks(columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= columns) continue;
+        if (LOOPED) {
+            load_chunk(x_row + column, x);
+            load_chunk(grad_row + column, g);
+        }
+        float w[WIDTH];
+        if (WEIGHT) load_chunk(weight + column, w);
+        for (uint i = 0u; i < WIDTH; i++) {
+            const float distance = x[held_at(k) + i] - mean;
+            const float weighted = WEIGHT ? g[held_at(k) + i] * w[i] : g[held_at(k) + i];
+            squares = fma(distance, distance, squares);
+            dot = fma(weighted, distance * scale, dot);
+            sum += weighted;
+        }
+    }
+}
+
 KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
        DEVICE float* weight_partial, DEVICE float* bias_partial, PARAM(LayerNormParams, p)) {
-    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
+    TG_ARRAY(float, scratch, 3 * SIMDGROUP_SIZE);
     const Team team = {scratch, LANE, SIMD_ID};
     const uint first = team_index(team, TG_POS.x, N_SIMD);
     if (first >= p.teams) return;
@@ -119,24 +145,48 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
         weight_sums[i] = 0.0f;
         bias_sums[i] = 0.0f;
     }
+    // The next row is on its way while this one is worked on.
+    PackedChunk next_x[PACKED_ITEMS];
+    PackedChunk next_grad[PACKED_ITEMS];
+    load_packed_row(team, x + ulong(first) * p.columns, next_x, p.columns);
+    load_packed_row(team, grad + ulong(first) * p.columns, next_grad, p.columns);
     for (uint row = first; row < p.rows; row += p.teams) {
         DEVICE const T* x_row = x + ulong(row) * p.columns;
         DEVICE const T* grad_row = grad + ulong(row) * p.columns;
         float values[HELD];
         float grads[HELD];
-        float mean;
-        const float r = moments_of(team, x_row, values, p.columns, p.eps, mean);
+        unpack_row(team, next_x, values, p.columns);
+        unpack_row(team, next_grad, grads, p.columns);
+        if (p.rows - row > p.teams) {
+            load_packed_row(team, x_row + ulong(p.teams) * p.columns, next_x, p.columns);
+            load_packed_row(team, grad_row + ulong(p.teams) * p.columns, next_grad, p.columns);
+        }
 
-        // x becomes x̂, g becomes g·w; the sums over rows take g on the way.
-        float dot = 0.0f;
-        float sum = 0.0f;
+        // The sums beside the mean at once, as if r were 1; again with r in its place where that leaves f32.
+        const float mean = mean_of(team, x_row, values, p.columns);
+        float squares, dot, sum;
+        weighted_sums(team, x_row, grad_row, weight, values, grads, p.columns, mean, 1.0f, squares, dot, sum);
+        row_sum3(team, squares, dot, sum);
+        const float square = squares / float(p.columns);
+        float r = 1.0f / precise::sqrt(square + p.eps);
+        dot *= r;
+        if (!(square + p.eps >= 1e-28f && square <= 3e38f && fabs(dot) <= 3e38f)) {
+            r = inverse_deviation(team, x_row, values, p.columns, mean, p.eps);
+            float own;
+            weighted_sums(team, x_row, grad_row, weight, values, grads, p.columns, mean, r, squares, dot, own);
+            dot = row_sum(team, dot);
+        }
+        const float mean_dot = dot / float(p.columns), mean_grad = sum / float(p.columns);
+
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             const uint column = chunk_column(team, k);
             if (column >= p.columns) continue;
             THREAD float* normal = values + held_at(k);
             THREAD float* g = grads + held_at(k);
-            if (LOOPED) load_chunk(x_row + column, normal);
-            load_chunk(grad_row + column, g);
+            if (LOOPED) {
+                load_chunk(x_row + column, normal);
+                load_chunk(grad_row + column, g);
+            }
             float w[WIDTH];
             if (WEIGHT) load_chunk(weight + column, w);
             for (uint i = 0u; i < WIDTH; i++) {
@@ -150,31 +200,10 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
                 if (WEIGHT_GRAD && LOOPED)
                     weight_row[column + i] = row == first ? taken : weight_row[column + i] + taken;
                 if (BIAS_GRAD && LOOPED) bias_row[column + i] = row == first ? g[i] : bias_row[column + i] + g[i];
-                if (WEIGHT) g[i] *= w[i];
-                dot = fma(g[i], normal[i], dot);
-                sum += g[i];
+                const float weighted = WEIGHT ? g[i] * w[i] : g[i];
+                g[i] = r * fma(-normal[i], mean_dot, weighted - mean_grad);
             }
-        }
-        if (!INPUT_GRAD) continue;
-        row_sum2(team, dot, sum);
-        const float mean_dot = dot / float(p.columns), mean_grad = sum / float(p.columns);
-        for (uint k = 0u; k < row_chunks(p.columns); k++) {
-            const uint column = chunk_column(team, k);
-            if (column >= p.columns) continue;
-            THREAD float* normal = values + held_at(k);
-            THREAD float* g = grads + held_at(k);
-            if (LOOPED) {
-                load_chunk(x_row + column, normal);
-                load_chunk(grad_row + column, g);
-                float w[WIDTH];
-                if (WEIGHT) load_chunk(weight + column, w);
-                for (uint i = 0u; i < WIDTH; i++) {
-                    normal[i] = (normal[i] - mean) * r;
-                    if (WEIGHT) g[i] *= w[i];
-                }
-            }
-            for (uint i = 0u; i < WIDTH; i++) g[i] = r * fma(-normal[i], mean_dot, g[i] - mean_grad);
-            store_chunk(grad_x + ulong(row) * p.columns + column, g);
+            if (INPUT_GRAD) store_chunk(grad_x + ulong(row) * p.columns + column, g);
         }
     }
     if (!LOOPED) {

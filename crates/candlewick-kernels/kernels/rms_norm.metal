@@ -6,7 +6,8 @@
 //
 // Memory. Forward reads x once and writes y once: the row stays in registers between the sum and the scaling.
 // Backward reads x and g once, writes dx once, and recomputes r instead of having it saved: x is needed anyway, and
-// Σ x² and Σ g·w·x share their barriers.
+// Σ x² and Σ g·w·x share their barriers. The next row is loaded while one is worked on: a device that waited for each
+// would read half of the time.
 // The weight's gradient is a sum over rows. Each team walks many rows, keeps its columns' sums in registers and
 // writes one partial row; column_sum adds those. No atomics, so the same input gives the same bits.
 //
@@ -59,16 +60,6 @@ DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD f
     const float scale = 1.0f / row_scale(largest);
     const float scaled = mean_square(team, x_row, x, columns, scale);
     return scale / precise::sqrt(scaled + (eps * scale) * scale);
-}
-
-// Loads a row that fits into registers; one that does not is loaded by every pass.
-DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
-    if (!LOOPED) {
-        for (uint k = 0u; k < row_chunks(columns); k++) {
-            const uint column = chunk_column(team, k);
-            if (column < columns) load_chunk(row + column, values + held_at(k));
-        }
-    }
 }
 
 KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(RmsNormParams, p)) {
@@ -127,13 +118,22 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
 
     float weight_sums[HELD];
     for (uint i = 0u; i < HELD; i++) weight_sums[i] = 0.0f;
+    // The next row is on its way while this one is worked on.
+    PackedChunk next_x[PACKED_ITEMS];
+    PackedChunk next_grad[PACKED_ITEMS];
+    load_packed_row(team, x + ulong(first) * p.columns, next_x, p.columns);
+    load_packed_row(team, grad + ulong(first) * p.columns, next_grad, p.columns);
     for (uint row = first; row < p.rows; row += p.teams) {
         DEVICE const T* x_row = x + ulong(row) * p.columns;
         DEVICE const T* grad_row = grad + ulong(row) * p.columns;
         float values[HELD];
         float grads[HELD];
-        load_row(team, x_row, values, p.columns);
-        load_row(team, grad_row, grads, p.columns);
+        unpack_row(team, next_x, values, p.columns);
+        unpack_row(team, next_grad, grads, p.columns);
+        if (p.rows - row > p.teams) {
+            load_packed_row(team, x_row + ulong(p.teams) * p.columns, next_x, p.columns);
+            load_packed_row(team, grad_row + ulong(p.teams) * p.columns, next_grad, p.columns);
+        }
 
         // Both sums at once, as if r were 1; again with r in its place where that leaves f32.
         float squares = 0.0f;

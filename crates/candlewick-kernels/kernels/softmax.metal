@@ -30,8 +30,8 @@ DEVFN uint visible_columns(uint row, uint columns, uint queries) {
 
 // s·x of one chunk, hidden columns as −∞.
 DEVFN void load_scores(DEVICE const T* x_row, uint column, uint visible, float scale, THREAD float* scores) {
-    if (column < visible) load_chunk(x_row + column, scores);
-    for (uint i = 0u; i < WIDTH; i++) scores[i] = column + i < visible ? scores[i] * scale : -INFINITY;
+    if (!CAUSAL || column < visible) load_chunk(x_row + column, scores);
+    for (uint i = 0u; i < WIDTH; i++) scores[i] = !CAUSAL || column + i < visible ? scores[i] * scale : -INFINITY;
 }
 
 KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {

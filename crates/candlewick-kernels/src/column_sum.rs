@@ -10,7 +10,7 @@ const ROWS_PER_STRIP: usize = 8;
 const MOST_STRIPS: usize = 16;
 
 /// Sums `parts` rows (none gives zeros) of `columns` floats in the buffer `partial` into the buffer `total`, stored
-/// as `storage`. `None` where there is no column.
+/// as `storage`; a second pair of buffers likewise. `None` where there is no column.
 pub(crate) fn launch(
     op: &'static str,
     storage: Storage,
@@ -18,21 +18,24 @@ pub(crate) fn launch(
     parts: usize,
     columns: usize,
     (partial, total): (usize, usize),
+    second: Option<(usize, usize)>,
 ) -> Result<Option<Launch>, PlanError> {
     if columns == 0 {
         return Ok(None);
     }
     let most = MOST_STRIPS.min(tuning.max_simdgroups());
     let strips = small(parts.div_ceil(ROWS_PER_STRIP).clamp(1, most));
+    // Where there is no second pair the first stands in its place.
+    let (second_partial, second_total) = second.unwrap_or((partial, total));
     Ok(Some(Launch {
         kernel: "column_sum",
         file: KernelFile::ColumnSum,
         storage,
         defines: vec![define("STRIPS", strips)],
-        threadgroups: [groups(op, columns.div_ceil(LANES))?, 1, 1],
+        threadgroups: [groups(op, columns.div_ceil(LANES))?, 1 + u32::from(second.is_some()), 1],
         threads: strips * SIMDGROUP_SIZE,
         threadgroup_bytes: strips * SIMDGROUP_SIZE * 4,
-        arguments: vec![partial, total],
+        arguments: vec![partial, total, second_partial, second_total],
         params: Params::default().u32(size(op, "rows", parts)?).u32(size(op, "columns", columns)?).bytes(),
     }))
 }

@@ -184,6 +184,8 @@ pub enum KernelFile {
     Lora,
     /// `lora_gradient.metal`
     LoraGradient,
+    /// `lora_mask.metal`
+    LoraMask,
     /// `column_sum.metal`, the second stage of every gradient that sums over rows.
     ColumnSum,
 }

@@ -1,7 +1,8 @@
-//! Plans of LoRA's update and its gradients; the mathematics is at the heads of `kernels/lora.metal` and
-//! `kernels/lora_gradient.metal`.
+//! Plans of LoRA's update, its gradients and its dropout; the mathematics is at the heads of `kernels/lora.metal`,
+//! `kernels/lora_gradient.metal` and `kernels/lora_mask.metal`.
 
 use crate::column_sum;
+use crate::flat::FlatGrid;
 use crate::launch::{Element, KernelFile, Launch, MAX_THREADGROUP_BYTES, Plan, PlanError, Storage};
 use crate::params::{Buffers, Params, Tuning, define, flag, groups, product, shape, size, small};
 use crate::rows::{LANES, width};
@@ -210,6 +211,34 @@ impl Lora {
         Ok(buffers.plan(launches))
     }
 
+    /// Input x; output x with dropout, but for the factor `1 / (1 − p)`, in which what is kept is too small. Both may be one
+    /// buffer.
+    pub fn mask(&self, tuning: Tuning) -> Result<Plan, PlanError> {
+        self.check()?;
+        let elements = product(OP, "x", &[self.rows, self.inputs])?;
+        let mut buffers = Buffers::default();
+        let x = buffers.input("x", self.storage.element(), elements);
+        let y = buffers.output("masked", self.storage.element(), elements);
+        if elements == 0 {
+            return Ok(buffers.plan(Vec::new()));
+        }
+        let width = width(self.storage, tuning, &[self.inputs]);
+        let chunks = elements / width;
+        let grid = FlatGrid::over(OP, chunks, tuning)?;
+        let params = Params::default().u32(size(OP, "chunks", chunks)?);
+        Ok(buffers.plan(vec![Launch {
+            kernel: "lora_mask",
+            file: KernelFile::LoraMask,
+            storage: self.storage,
+            defines: vec![define("WIDTH", width)],
+            threadgroups: grid.threadgroups,
+            threads: grid.threads,
+            threadgroup_bytes: 0,
+            arguments: vec![x, y],
+            params: self.dropout_mask(params).f32(1.0).bytes(),
+        }]))
+    }
+
     /// Multiplications of the forward: x·A once per row, then the rank update, then the scaling.
     #[must_use]
     pub const fn forward_multiplications(&self) -> usize {
@@ -245,15 +274,20 @@ impl Lora {
     }
 
     /// The fields of `DropoutParams`.
+    fn dropout_params(&self, params: Params) -> Params {
+        self.dropout_mask(params).f32(1.0 / (1.0 - self.dropout.map_or(0.0, |dropout| dropout.p)))
+    }
+
+    /// Those but for the scale.
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "p is below 1, so the threshold is below 2^32; the seed is split into its halves"
     )]
-    fn dropout_params(&self, params: Params) -> Params {
+    fn dropout_mask(&self, params: Params) -> Params {
         let Dropout { p, seed } = self.dropout.unwrap_or(Dropout { p: 0.0, seed: 0 });
         let threshold = (f64::from(p) * 4_294_967_296.0).round() as u32;
-        params.u32(seed as u32).u32((seed >> 32) as u32).u32(threshold).f32(1.0 / (1.0 - p))
+        params.u32(seed as u32).u32((seed >> 32) as u32).u32(threshold)
     }
 
     /// Rows of a row block: enough blocks to fill a device first, then rows that share A and B, as many as a
@@ -370,7 +404,7 @@ impl Lora {
                 params: self.dropout_params(params).bytes(),
             });
         }
-        launches.extend(column_sum::launch(OP, self.adapter, tuning, parts, sums, (partial, total))?);
+        launches.extend(column_sum::launch(OP, self.adapter, tuning, parts, sums, (partial, total), None)?);
         Ok(())
     }
 }

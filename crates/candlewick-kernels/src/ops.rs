@@ -238,7 +238,8 @@ fn lora_linear_samples(storage: Storage, samples: &mut Samples) -> Result<(), Pl
             samples.add_for(rows == 1, |tuning| op.backward(wanted, tuning))?;
         }
     }
-    Ok(())
+    let dropout = Some(lora::Dropout { p: 0.1, seed: 42 });
+    samples.add(|tuning| lora::Lora { dropout, ..lora_sample(1, 8, storage, storage, true) }.mask(tuning))
 }
 
 #[cfg(test)]

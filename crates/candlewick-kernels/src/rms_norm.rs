@@ -81,6 +81,7 @@ impl RmsNorm {
                 teams,
                 self.columns,
                 (partial, total),
+                None,
             )?);
         }
         Ok(buffers.plan(launches))
@@ -162,7 +163,7 @@ mod tests {
         assert_eq!(kernels[0], "rms_norm_backward");
         assert_eq!(kernels[1..], ["column_sum"; 1]);
         assert_eq!(plan.with_role(Role::Output).count(), 2);
-        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 512 * 1024));
+        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 264 * 1024));
     }
 
     #[test]

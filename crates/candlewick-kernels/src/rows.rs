@@ -86,10 +86,14 @@ pub(crate) fn width(storage: Storage, tuning: Tuning, multiples: &[usize]) -> us
     if tuning.aligned && multiples.iter().all(|size| size.is_multiple_of(vector)) { vector } else { 1 }
 }
 
+/// The most teams that share the rows of a sum over rows: two for each of the 132 multiprocessors of an H100. A team
+/// loads a row ahead, so that two keep a multiprocessor reading, and more only leave more partial rows.
+const MOST_TEAMS: usize = 264;
+
 /// How many partial rows the first stage of a sum over `rows` rows leaves: enough teams to fill a device, yet few
 /// beside the rows themselves.
 pub(crate) fn partial_rows(rows: usize) -> usize {
-    rows.min((rows / 4).clamp(64, 512))
+    rows.min((rows / 4).clamp(64, MOST_TEAMS))
 }
 
 #[cfg(test)]

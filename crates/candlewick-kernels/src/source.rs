@@ -39,7 +39,7 @@ impl Target {
 
 impl KernelFile {
     /// Every file.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Softmax,
         Self::RmsNorm,
         Self::LayerNorm,
@@ -49,6 +49,7 @@ impl KernelFile {
         Self::CrossEntropy,
         Self::Lora,
         Self::LoraGradient,
+        Self::LoraMask,
         Self::ColumnSum,
     ];
 
@@ -65,6 +66,7 @@ impl KernelFile {
             Self::CrossEntropy => source_file!("kernels/cross_entropy.metal"),
             Self::Lora => source_file!("kernels/lora.metal"),
             Self::LoraGradient => source_file!("kernels/lora_gradient.metal"),
+            Self::LoraMask => source_file!("kernels/lora_mask.metal"),
             Self::ColumnSum => source_file!("kernels/column_sum.metal"),
         }
     }
@@ -75,7 +77,7 @@ impl KernelFile {
         match self {
             Self::Softmax | Self::RmsNorm | Self::LayerNorm | Self::CrossEntropy => &[CHUNK, ROW],
             Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
-            Self::Lora | Self::LoraGradient => &[CHUNK, PHILOX],
+            Self::Lora | Self::LoraGradient | Self::LoraMask => &[CHUNK, PHILOX],
             Self::ColumnSum => &[],
         }
     }

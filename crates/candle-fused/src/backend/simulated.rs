@@ -8,18 +8,51 @@ use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor};
 use candlewick_kernels::{Plan, Role};
 use kernel_simulator::Simulator;
 
-use super::Attempt;
 use super::gpu::{Outputs, dtype};
-use crate::shared_tests::cases::all_cases;
-use crate::shared_tests::{DTYPES, LAYOUTS, Lies};
+use super::{Attempt, Place};
+use crate::shared_tests::cases::{all_cases, frozen_linear_cases, lora_delta_cases, lora_linear_cases};
+use crate::shared_tests::{Case, DTYPES, LAYOUTS, Lies};
 
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
+    static ADDS_PRODUCTS: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Whether this thread's CPU tensors are a GPU's.
 pub(super) fn is_on() -> bool {
     ON.get()
+}
+
+/// Whether the simulated GPU's products add to what is there, as an NVIDIA GPU's do.
+pub(super) fn adds_products() -> bool {
+    is_on() && ADDS_PRODUCTS.get()
+}
+
+/// What such a GPU computes.
+pub(super) fn product_onto(left: &Tensor, right: &Tensor, scale: f32, place: Place) -> Result<Tensor> {
+    assert_eq!(left.dtype(), right.dtype());
+    let [l, r] = [left, right].map(|factor| factor.to_dtype(DType::F32)?.contiguous());
+    let product = (l?.matmul(&r?)? * f64::from(scale))?;
+    match place {
+        Place::Fresh(dtype) => product.to_dtype(dtype),
+        Place::Onto(sum) => {
+            assert!(sum.is_contiguous());
+            (product + sum.to_dtype(DType::F32)?)?.to_dtype(sum.dtype())
+        }
+    }
+}
+
+/// [`simulate`], on a GPU whose products add to what is there.
+fn simulate_with_products<R>(f: impl FnOnce() -> R) -> R {
+    struct Off;
+    impl Drop for Off {
+        fn drop(&mut self) {
+            ADDS_PRODUCTS.set(false);
+        }
+    }
+    let _off = Off;
+    ADDS_PRODUCTS.set(true);
+    simulate(f)
 }
 
 /// Runs `f` with this thread's CPU tensors on a GPU.
@@ -90,6 +123,30 @@ fn ops_on_a_simulated_gpu() {
         run(n, Lies::Contiguous, &DTYPES);
     }
     run(40, Lies::Window, &[DType::BF16]);
+}
+
+fn linear_cases(n: usize, lies: Lies) -> Vec<Case> {
+    [lora_delta_cases, lora_linear_cases, frozen_linear_cases]
+        .iter()
+        .flat_map(|cases| cases(n, lies))
+        .collect()
+}
+
+/// LoRA by products that add to what is there, in every dtype and layout, by the error rule.
+#[test]
+fn linear_ops_by_products_that_add() {
+    for lies in LAYOUTS {
+        for (n, dtypes) in [(1, &DTYPES[..]), (33, &DTYPES), (0, &DTYPES[..1])] {
+            for case in linear_cases(n, lies) {
+                for &dtype in dtypes {
+                    simulate_with_products(|| case.error_rule(dtype, &Device::Cpu));
+                }
+            }
+        }
+    }
+    for case in linear_cases(6, Lies::Contiguous) {
+        simulate_with_products(|| case.gradients_arrive(&Device::Cpu));
+    }
 }
 
 /// As on a device, a gradient arrives exactly where an argument is tracked.

@@ -4,18 +4,20 @@
 //! `dB = gᵀ·h`, `dA = eᵀ·D(x)`, `dx = g·W + D(e·A)`, where `D` recomputes its mask. Nothing computes a gradient of `W`
 //! or the bias. `x·Aᵀ` is one product for all columns of the output, never once for each.
 //!
-//! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`.
+//! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`. Large ones on a device whose
+//! products add to what is there are [`low_rank_products`]'.
 
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
 use crate::backend::cpu::{map_element, to_vec};
 use crate::backend::products::{self, LowRankGradients, product, with_matrices};
-use crate::backend::{self, Attempt, Kernel, gpu};
+use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::graph::{self, Backward, tracked};
+use crate::ops::low_rank_products;
 use crate::philox::{halves, philox4x32};
 
 /// How A and B lie.
@@ -211,7 +213,7 @@ pub(super) struct Base<'a> {
 
 impl Base<'_> {
     fn composed(&self) -> Result<Tensor> {
-        let term = &self.left.matmul(&operand(self.right)?)?;
+        let term = &operand(self.left)?.matmul(&operand(self.right)?)?;
         Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
     }
 }
@@ -227,8 +229,13 @@ impl Kernel for Base<'_> {
         })
     }
 
-    /// Candle's own product is the kernel.
+    /// The device's own product is the kernel.
     fn gpu(&self) -> Attempt<Tensor> {
+        let Self { left, right, bias } = *self;
+        let adds = fewest_for_products(left.device()).is_some();
+        if adds && left.elem_count() > 0 && right.elem_count() > 0 {
+            return Ok(low_rank_products::base(left, right, bias)?);
+        }
         Ok(self.composed()?)
     }
 }
@@ -276,7 +283,7 @@ impl LowRank {
     }
 
     /// The plans for `x [n, in]`, A and B, with a base product or not.
-    fn plans(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Plans> {
+    pub(super) fn plans(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Plans> {
         let ((rows, inputs), (outputs, rank)) = (x.dims2()?, b.dims2()?);
         let (a_strides, b_strides) = (a.stride(), b.stride());
         Ok(Plans {
@@ -347,13 +354,17 @@ impl Kernel for Forward<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let Self { call, a, b, .. } = *self;
+        let Self { call, a, b, bias, .. } = *self;
         let x = &gpu::contiguous(self.x)?;
+        if low_rank_products::serve(x, a, b) {
+            let (y, h) = low_rank_products::forward(call, [x, a, b], bias)?;
+            return Ok((y, Some(h)));
+        }
         let plans = call.plans(x, a, b)?;
         let shape = Shape::from((plans.rows, plans.outputs));
         let mut outputs = match &call.weight {
             Some(weight) => {
-                let base = Base { left: x, right: &weight.t()?, bias: self.bias }.composed()?;
+                let base = Base { left: x, right: &weight.t()?, bias }.gpu()?;
                 gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
             }
             None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
@@ -482,8 +493,11 @@ impl Kernel for Gradients<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let Self { saved: LowRankBackward { call, .. }, a, b, wanted, .. } = *self;
+        let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
+        if let Some(h) = h {
+            return low_rank_products::gradients(call, [x, a, b], [h, grad], wanted);
+        }
         let plans = call.plans(x, a, b)?;
         // A factor's gradient lies as the factor does.
         let lying = |strides: FactorStrides, columns| {

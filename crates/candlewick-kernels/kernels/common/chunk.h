@@ -4,7 +4,16 @@
 // elsewhere: then neighbouring threads read neighbouring elements, which coalesces as well, in more instructions.
 // U may be wider than T (f32 weights beside bf16 rows): such a chunk is two vectors.
 
+//
+// A PackedChunk is a chunk of T as memory holds it: what a thread keeps of values that it will need later.
+
 #if WIDTH == 1
+
+typedef T PackedChunk;
+
+DEVFN PackedChunk load_packed(DEVICE const T* from) { return from[0]; }
+
+DEVFN void unpack_chunk(PackedChunk packed, THREAD float* values) { values[0] = to_f32(packed); }
 
 template <typename U> DEVFN void load_chunk(DEVICE const U* from, THREAD float* values) {
     values[0] = to_f32(from[0]);
@@ -15,6 +24,10 @@ template <typename U> DEVFN void store_chunk(DEVICE U* to, THREAD const float* v
 }
 
 #else
+
+typedef uint4 PackedChunk;
+
+DEVFN PackedChunk load_packed(DEVICE const T* from) { return vector_load(from); }
 
 DEVFN void load_chunk(DEVICE const float* from, THREAD float* values) {
     for (uint i = 0u; i < WIDTH; i += 4u) {
@@ -37,7 +50,16 @@ DEVFN void store_chunk(DEVICE float* to, THREAD const float* values) {
     }
 }
 
-#if WIDTH == 8
+#if WIDTH == 4
+
+DEVFN void unpack_chunk(PackedChunk packed, THREAD float* values) {
+    values[0] = as_type<float>(packed.x);
+    values[1] = as_type<float>(packed.y);
+    values[2] = as_type<float>(packed.z);
+    values[3] = as_type<float>(packed.w);
+}
+
+#else
 
 template <typename U> DEVFN void unpack_to(uint word, THREAD float* values) {
     const float2 pair = unpack2(word, U());
@@ -51,6 +73,13 @@ template <typename U> DEVFN void load_chunk(DEVICE const U* from, THREAD float* 
     unpack_to<U>(v.y, values + 2);
     unpack_to<U>(v.z, values + 4);
     unpack_to<U>(v.w, values + 6);
+}
+
+DEVFN void unpack_chunk(PackedChunk packed, THREAD float* values) {
+    unpack_to<T>(packed.x, values);
+    unpack_to<T>(packed.y, values + 2);
+    unpack_to<T>(packed.z, values + 4);
+    unpack_to<T>(packed.w, values + 6);
 }
 
 template <typename U> DEVFN void store_chunk(DEVICE U* to, THREAD const float* values) {

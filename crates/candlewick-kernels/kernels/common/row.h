@@ -50,6 +50,39 @@ DEVFN uint held_at(uint k) {
 #endif
 }
 
+// Loads a row that fits into registers; one that does not is loaded by every pass.
+DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
+    if (!LOOPED) {
+        for (uint k = 0u; k < row_chunks(columns); k++) {
+            const uint column = chunk_column(team, k);
+            if (column < columns) load_chunk(row + column, values + held_at(k));
+        }
+    }
+}
+
+// A row as memory holds it, for kernels that walk many rows and load the next before they need it. One that does not
+// fit into registers is not held.
+#if ITEMS == 0
+#define PACKED_ITEMS 1
+#else
+#define PACKED_ITEMS ITEMS
+#endif
+
+DEVFN void load_packed_row(THREAD const Team& team, DEVICE const T* row, THREAD PackedChunk* packed, uint columns) {
+    if (LOOPED) return;
+    for (uint k = 0u; k < PACKED_ITEMS; k++) {
+        const uint column = chunk_column(team, k);
+        if (column < columns) packed[k] = load_packed(row + column);
+    }
+}
+
+DEVFN void unpack_row(THREAD const Team& team, THREAD const PackedChunk* packed, THREAD float* values, uint columns) {
+    if (LOOPED) return;
+    for (uint k = 0u; k < PACKED_ITEMS; k++) {
+        if (chunk_column(team, k) < columns) unpack_chunk(packed[k], values + held_at(k));
+    }
+}
+
 // The sum of v over the team, the same bits in every thread: each simdgroup sums its own values, then every
 // simdgroup sums the sums, in the same order. The second barrier lets the scratch be used again.
 DEVFN float row_sum(THREAD const Team& team, float v) {
@@ -76,6 +109,26 @@ DEVFN void row_sum2(THREAD const Team& team, THREAD float& a, THREAD float& b) {
     const bool taken = team.lane < uint(ROW_SIMDGROUPS);
     a = simd_sum(taken ? team.scratch[team.lane] : 0.0f);
     b = simd_sum(taken ? team.scratch[SIMDGROUP_SIZE + team.lane] : 0.0f);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
+}
+
+// Three sums for the barriers of one. The scratch has 3 · SIMDGROUP_SIZE floats.
+DEVFN void row_sum3(THREAD const Team& team, THREAD float& a, THREAD float& b, THREAD float& c) {
+    a = simd_sum(a);
+    b = simd_sum(b);
+    c = simd_sum(c);
+#if ROW_SIMDGROUPS > 1
+    if (team.lane == 0u) {
+        team.scratch[team.simdgroup] = a;
+        team.scratch[SIMDGROUP_SIZE + team.simdgroup] = b;
+        team.scratch[2u * SIMDGROUP_SIZE + team.simdgroup] = c;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const bool taken = team.lane < uint(ROW_SIMDGROUPS);
+    a = simd_sum(taken ? team.scratch[team.lane] : 0.0f);
+    b = simd_sum(taken ? team.scratch[SIMDGROUP_SIZE + team.lane] : 0.0f);
+    c = simd_sum(taken ? team.scratch[2u * SIMDGROUP_SIZE + team.lane] : 0.0f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
 }

@@ -114,7 +114,13 @@ pub const MUTANTS: &[Mutant] = &[
 
     // ---- layer_norm.metal ----
     text(Shown::LayerNorm, "columns beyond the last are loaded", OUT_OF_BOUNDS,
-        "if (column >= columns) continue;\n        load_chunk(x_row + column, x + held_at(k));", "load_chunk(x_row + column, x + held_at(k));"),
+        "if (column < columns) load_chunk(row + column", "load_chunk(row + column"),
+    text(Shown::LayerNormBackward, "columns beyond the last are loaded ahead", OUT_OF_BOUNDS,
+        "if (column < columns) packed[k] =", "packed[k] ="),
+    text(Shown::LayerNormBackward, "rows beyond the last are loaded ahead", OUT_OF_BOUNDS, "if (p.rows - row > p.teams)", "if (p.rows > 0u)"),
+    text(Shown::LayerNormBackward, "a sum of three has the scratch of two", OUT_OF_BOUNDS,
+        "TG_ARRAY(float, scratch, 3 * SIMDGROUP_SIZE)", "TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE)"),
+    text(Shown::LayerNormBackward, "both column sums are one total", ANY_RACE, "? first_total : second_total", "? first_total : first_total"),
     text(Shown::LayerNorm, "the bias is read beyond its end", OUT_OF_BOUNDS, "load_chunk(bias + column, b)", "load_chunk(bias + column + 4u, b)"),
     text(Shown::LayerNormBackward, "the bias' partial sums go to the weight's", UNINITIALISED,
         "bias_row = bias_partial +", "bias_row = weight_partial +"),
@@ -210,4 +216,9 @@ pub const MUTANTS: &[Mutant] = &[
     plan(Shown::RmsNorm, "x and y are exchanged", UNINITIALISED, |plan| plan.launches[0].arguments.swap(0, 2)),
     plan(Shown::RmsNormBackward, "the second stage comes first", UNINITIALISED, |plan| plan.launches.swap(0, 1)),
     plan(Shown::RmsNormBackward, "the second stage is missing", UNWRITTEN, |plan| plan.launches.truncate(1)),
+
+    // ---- lora_mask.metal ----
+    text(Shown::LoraMask, "chunks beyond the last", OUT_OF_BOUNDS, "if (chunk_index >= p.chunks) return;", ""),
+    text(Shown::LoraMask, "every second chunk", UNWRITTEN, "if (chunk_index >= p.chunks) return;", "if (chunk_index >= p.chunks || chunk_index % 2u == 1u) return;"),
+    text(Shown::LoraMask, "the mask goes where x came from", WRITE_TO_INPUT, "store_chunk(y + at, values)", "store_chunk((DEVICE T*)x + at, values)"),
 ];

@@ -53,10 +53,11 @@ pub enum Shown {
     LoraBackward,
     /// With rows enough for several parts of the factors' gradients.
     LoraBackwardManyRows,
+    LoraMask,
 }
 
 impl Shown {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 19] = [
         Self::RmsNorm,
         Self::RmsNormBackward,
         Self::RmsNormManyRows,
@@ -75,6 +76,7 @@ impl Shown {
         Self::Lora,
         Self::LoraBackward,
         Self::LoraBackwardManyRows,
+        Self::LoraMask,
     ];
 
     fn case(self) -> Case {
@@ -99,6 +101,7 @@ impl Shown {
             Self::Lora => lora::forward(size(70, 256), lora::peft(size(70, 256), 320)),
             Self::LoraBackward => lora::backward(size(3, 100), lora::peft(size(3, 100), 60)),
             Self::LoraBackwardManyRows => lora::backward(size(70, 100), lora::peft(size(70, 100), 60)),
+            Self::LoraMask => lora::mask(size(3, 100), lora::with_dropout(lora::peft(size(3, 100), 60))),
         }
     }
 }

@@ -14,14 +14,17 @@ pub fn delta_cases(size: Size) -> Vec<Case> {
 
 /// With a base product, dropout, and factors in f32 beside any x.
 pub fn linear_cases(size: Size) -> Vec<Case> {
-    let dropout = Some(Dropout { p: 0.25, seed: 0x0123_4567_89ab_cdef });
-    let op = Lora { adapter: Storage::F32, dropout, base: true, ..peft(size, size.columns) };
-    let mut cases = vec![forward(size, op), backward(size, op)];
+    let op = Lora { adapter: Storage::F32, base: true, ..with_dropout(peft(size, size.columns)) };
+    let mut cases = vec![forward(size, op), backward(size, op), mask(size, op)];
     if size.columns == 257 {
         let only = [(true, false, false), (false, true, false), (false, false, true), (false, true, true)];
         cases.extend(only.map(|(x, a, b)| backward_of(size, op, LoraGradients { x, a, b })));
     }
     cases
+}
+
+pub fn with_dropout(op: Lora) -> Lora {
+    Lora { dropout: Some(Dropout { p: 0.25, seed: 0x0123_4567_89ab_cdef }), ..op }
 }
 
 /// A `[rank, inputs]`, B `[outputs, rank]`.
@@ -162,6 +165,16 @@ pub fn forward(size: Size, op: Lora) -> Case {
         let s = data.project(a, &data.dropped_x(a), op.inputs, |rank, input| data.a(rank, input));
         let update = data.expand(a, &s, op.outputs, |rank, output| data.b(rank, output));
         vec![update.iter().enumerate().map(|(index, y)| a.round(y + data.base(index))).collect()]
+    })
+}
+
+/// What is dropped is 0, and the rest as it was.
+pub fn mask(size: Size, op: Lora) -> Case {
+    let data = Data::new(op, op.inputs);
+    let plan = op.mask(size.tuning).unwrap();
+    Case::new("lora mask", size, plan, &[&data.x.clone()], move |a| {
+        let kept = |(index, &x): (usize, &f64)| if data.drop(a, index, 1.0) == 0.0 { 0.0 } else { x };
+        vec![data.x.values.iter().enumerate().map(kept).collect()]
     })
 }
 

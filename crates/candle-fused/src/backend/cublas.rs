@@ -1,0 +1,149 @@
+//! Matrix products by cuBLAS that add to what is there. Candle's own overwrite.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::cuda_backend::cudarc::cublas::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+use candle_core::cuda_backend::gemm_reduced_precision_f32;
+use candle_core::{CudaDevice, DType, Error, Result, Storage, Tensor, bail};
+
+use super::Place;
+
+use sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
+use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+
+/// How a matrix lies, as cuBLAS sees it: columns first. A row-major matrix is its own transpose there.
+struct Lies {
+    operation: sys::cublasOperation_t,
+    leading: c_int,
+}
+
+fn int(size: usize) -> Result<c_int> {
+    c_int::try_from(size).map_err(Error::wrap)
+}
+
+impl Lies {
+    /// `None` where neither the rows nor the columns of the matrix lie in one piece.
+    fn of(matrix: &Tensor) -> Result<Option<Self>> {
+        let ((rows, columns), &[row, column]) = (matrix.dims2()?, matrix.stride()) else { return Ok(None) };
+        let (operation, leading) = if column == 1 && (row >= columns || rows == 1) {
+            (CUBLAS_OP_N, row.max(columns))
+        } else if row == 1 && (column >= rows || columns == 1) {
+            (CUBLAS_OP_T, column.max(rows))
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(Self { operation, leading: int(leading)? }))
+    }
+}
+
+/// The matrix, or a copy of it that lies in one piece.
+fn operand(matrix: &Tensor) -> Result<(Tensor, Lies)> {
+    if let Some(lies) = Lies::of(matrix)? {
+        return Ok((matrix.clone(), lies));
+    }
+    let copy = matrix.contiguous()?;
+    match Lies::of(&copy)? {
+        Some(lies) => Ok((copy, lies)),
+        None => bail!("a product's operand must be a matrix, got {:?}", matrix.shape()),
+    }
+}
+
+fn type_of(dtype: DType) -> Result<sys::cudaDataType_t> {
+    match dtype {
+        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
+        DType::F16 => Ok(sys::cudaDataType_t::CUDA_R_16F),
+        DType::BF16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
+        other => bail!("a product must be f32, f16 or bf16, got {}", other.as_str()),
+    }
+}
+
+/// `scale·left·right` for `left [m, k]` and `right [k, n]`, summed in f32: fresh, or added to what is in the place of a
+/// tensor that is contiguous and nobody else's.
+pub(super) fn product(
+    device: &CudaDevice,
+    left: &Tensor,
+    right: &Tensor,
+    scale: f32,
+    place: Place,
+) -> Result<Tensor> {
+    let ((m, k), (inner, n), dtype) = (left.dims2()?, right.dims2()?, left.dtype());
+    if k != inner || right.dtype() != dtype || m * n * k == 0 {
+        bail!("no product of {:?} and {:?} in {}", left.shape(), right.shape(), dtype.as_str());
+    }
+    let (sum, beta) = match place {
+        Place::Onto(sum) if sum.is_contiguous() && sum.dims() == [m, n] => (sum, 1f32),
+        Place::Onto(sum) => bail!("a product of [{m}, {n}] is no part of {:?}", sum.layout()),
+        // SAFETY: with a beta of 0 the product writes every element and reads none.
+        Place::Fresh(dtype) => (unsafe { Tensor::empty((m, n), dtype, left.device()) }?, 0.0),
+    };
+    let compute = match dtype {
+        DType::F32 if gemm_reduced_precision_f32() => CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => CUBLAS_COMPUTE_32F,
+    };
+    let ((left, of_left), (right, of_right)) = (operand(left)?, operand(right)?);
+    queue(device, [(&right, &of_right), (&left, &of_left)], &sum, [scale, beta], compute)?;
+    Ok(sum)
+}
+
+/// Queues a product of factors that lie so. Row-major `C = L·R` is column-major `Cᵀ = Rᵀ·Lᵀ`: the right factor is the first.
+fn queue(
+    device: &CudaDevice,
+    [(right, of_right), (left, of_left)]: [(&Tensor, &Lies); 2],
+    sum: &Tensor,
+    [alpha, beta]: [f32; 2],
+    compute: sys::cublasComputeType_t,
+) -> Result<()> {
+    let ((m, k), n) = (left.dims2()?, right.dim(1)?);
+    let blas = device.cublas_handle();
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(Error::wrap)?;
+    let tensors = [left, right, sum];
+    let storages = tensors.map(|tensor| tensor.storage_and_layout().0);
+    let mut guards = Vec::with_capacity(tensors.len());
+    let mut addresses = Vec::with_capacity(tensors.len());
+    for (tensor, storage) in tensors.iter().zip(&storages) {
+        let Storage::Cuda(storage) = &**storage else { bail!("a product's tensors must be on one device") };
+        let (address, guard) = match &storage.slice {
+            CudaStorageSlice::F32(slice) => slice.device_ptr(&stream),
+            CudaStorageSlice::F16(slice) => slice.device_ptr(&stream),
+            CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream),
+            _ => bail!("a product must be f32, f16 or bf16"),
+        };
+        let offset = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
+        addresses.push((address + offset as u64) as *mut c_void);
+        guards.push(guard);
+    }
+    let &[left_address, right_address, sum_address] = &addresses[..] else {
+        bail!("a product has three matrices")
+    };
+    // SAFETY: the sizes, strides and offsets are those of tensors that are alive until the call returns, and the work is
+    // queued on the stream that everything else on this device is queued on. `sum` is a fresh tensor that only this
+    // product writes. alpha and beta are read before the call returns.
+    unsafe {
+        result::gemm_ex(
+            *blas.handle(),
+            of_right.operation,
+            of_left.operation,
+            int(n)?,
+            int(m)?,
+            int(k)?,
+            ptr::from_ref(&alpha).cast(),
+            right_address,
+            type_of(right.dtype())?,
+            of_right.leading,
+            left_address,
+            type_of(left.dtype())?,
+            of_left.leading,
+            ptr::from_ref(&beta).cast(),
+            sum_address,
+            type_of(sum.dtype())?,
+            int(n)?,
+            compute,
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
+    }
+    .map_err(Error::wrap)
+}

@@ -1,0 +1,129 @@
+//! LoRA on a device whose products add to what is there ([`product_onto`]).
+//!
+//! The base product is bound by arithmetic and the rest by memory, so the rest makes the fewest passes: `y` is written
+//! once as `h·Bᵀ`, and the base product adds itself to it, reading it while it multiplies; `dx = e·A` likewise. Kernels
+//! of our own for the thin products would read and write the same bytes.
+//!
+//! Factors, `h` and `e` are in the dtype of `x`: f32 factors beside a bf16 `x`, whose range they share, are rounded for
+//! the products. Sums are f32, and the factors' gradients are rounded to their own dtype. Dropout takes a pass of its own,
+//! which rounds nothing: its factor goes into the next product.
+
+use candle_core::{DType, Result, Tensor};
+use candlewick_kernels::lora::{Lora as Plans, LoraGradients};
+
+use super::low_rank::LowRank;
+use crate::backend::{Attempt, Place, fewest_for_products, gpu, product_onto};
+
+/// Whether these are the way for `x [n, in]`, `a [r, in]` and `b [out, r]`.
+pub(super) fn serve(x: &Tensor, a: &Tensor, b: &Tensor) -> bool {
+    let (Ok((n, inputs)), Ok((outputs, rank))) = (x.dims2(), b.dims2()) else { return false };
+    let multiplications = n.saturating_mul(rank).saturating_mul(inputs.saturating_add(outputs));
+    let enough = fewest_for_products(x.device()).is_some_and(|fewest| multiplications >= fewest);
+    enough && inputs > 0 && outputs > 0 && (a.dtype() == x.dtype() || x.dtype() == DType::BF16)
+}
+
+/// A dropout's mask, and the factor of what it keeps.
+struct Mask {
+    plans: Plans,
+    kept: f32,
+}
+
+impl Mask {
+    fn of(call: &LowRank, [x, a, b]: [&Tensor; 3]) -> Result<Option<Self>> {
+        let dropout = call.dropout.filter(|dropout| dropout.p > 0.0);
+        let mask = |p: f32| Ok(Self { plans: call.plans(x, a, b)?, kept: 1.0 / (1.0 - p) });
+        dropout.map(|dropout| mask(dropout.p)).transpose()
+    }
+}
+
+/// The factor of a product with what was masked.
+fn factor(mask: Option<&Mask>) -> f32 {
+    mask.map_or(1.0, |mask| mask.kept)
+}
+
+/// `x`, masked where there is a dropout.
+fn masked(mask: Option<&Mask>, x: &Tensor) -> Attempt<Tensor> {
+    let Some(Mask { plans, .. }) = mask else { return Ok(x.clone()) };
+    Ok(gpu::run(&[x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+}
+
+/// As [`masked`], of a fresh tensor that nobody else has, in its place.
+fn masked_in_place(mask: Option<&Mask>, x: Tensor) -> Attempt<Tensor> {
+    let Some(Mask { plans, .. }) = mask else { return Ok(x) };
+    Ok(gpu::run_in_place(&[&x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+}
+
+/// Where a product of `n` rows in this dtype goes: onto the bias in each of them, or into a tensor of its own.
+fn place(bias: Option<&Tensor>, n: usize, dtype: DType) -> Result<Place> {
+    match bias {
+        Some(bias) => Ok(Place::Onto(bias.detach().broadcast_left(n)?.force_contiguous()?)),
+        None => Ok(Place::Fresh(dtype)),
+    }
+}
+
+/// `left·right + bias`, of matrices that are not empty.
+pub(super) fn base(left: &Tensor, right: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    product_onto(left, right, 1.0, place(bias, left.dim(0)?, left.dtype())?)
+}
+
+/// The result `[n, out]`, and `h`.
+pub(super) fn forward(
+    call: &LowRank,
+    [x, a, b]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+) -> Attempt<(Tensor, Tensor)> {
+    let dtype = x.dtype();
+    let mask = Mask::of(call, [x, a, b])?;
+    let scale = call.scaling * factor(mask.as_ref());
+    let h = product_onto(&masked(mask.as_ref(), x)?, &a.to_dtype(dtype)?.t()?, scale, Place::Fresh(dtype))?;
+    let y = base(&h, &b.to_dtype(dtype)?.t()?, bias)?;
+    match &call.weight {
+        Some(weight) => Ok((product_onto(x, &weight.t()?, 1.0, Place::Onto(y))?, h)),
+        None => Ok((y, h)),
+    }
+}
+
+/// `scale·left·right`, of the dtype of the matrix whose gradient it is, and lying as that does.
+fn like(matrix: &Tensor, left: &Tensor, right: &Tensor, scale: f32) -> Result<Tensor> {
+    let place = Place::Fresh(matrix.dtype());
+    if matrix.is_contiguous() {
+        product_onto(left, right, scale, place)
+    } else {
+        product_onto(&right.t()?, &left.t()?, scale, place)?.t()
+    }
+}
+
+/// The gradients of `x`, `a` and `b` that are wanted.
+pub(super) fn gradients(
+    call: &LowRank,
+    [x, a, b]: [&Tensor; 3],
+    [h, grad]: [&Tensor; 2],
+    wanted: LoraGradients,
+) -> Attempt<[Option<Tensor>; 3]> {
+    let dtype = x.dtype();
+    let mask = Mask::of(call, [x, a, b])?;
+    let (mask, kept) = (mask.as_ref(), factor(mask.as_ref()));
+    let mut gradients = [None, None, None];
+    let e = if wanted.x || wanted.a {
+        Some(product_onto(grad, &b.to_dtype(dtype)?, call.scaling, Place::Fresh(dtype))?)
+    } else {
+        None
+    };
+    if wanted.b {
+        // The gradient has just been read: some of it is still in the cache.
+        gradients[2] = Some(like(b, &grad.t()?, h, 1.0)?);
+    }
+    let Some(e) = e else { return Ok(gradients) };
+    if wanted.a {
+        gradients[1] = Some(like(a, &e.t()?, &masked(mask, x)?, kept)?);
+    }
+    if wanted.x {
+        let dx = product_onto(&e, &a.to_dtype(dtype)?, kept, Place::Fresh(dtype))?;
+        let dx = masked_in_place(mask, dx)?;
+        gradients[0] = Some(match &call.weight {
+            Some(weight) => product_onto(grad, weight, 1.0, Place::Onto(dx))?,
+            None => dx,
+        });
+    }
+    Ok(gradients)
+}
