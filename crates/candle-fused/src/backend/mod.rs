@@ -14,13 +14,15 @@ pub(crate) mod gpu;
 mod metal;
 #[cfg(feature = "cuda")]
 mod nvrtc;
-#[cfg(any(test, all(target_os = "macos", feature = "custom-metal")))]
 mod pipelines;
 pub(crate) mod products;
 #[cfg(test)]
 mod simulated;
 
 use candle_core::{Device, Error, Result, Tensor};
+
+#[cfg(test)]
+pub(crate) use simulated::simulate;
 
 #[cfg(all(target_os = "macos", feature = "custom-metal"))]
 pub use metal::MetalKernelCompiler;

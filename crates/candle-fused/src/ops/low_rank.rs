@@ -354,9 +354,9 @@ impl Kernel for Forward<'_> {
         let mut outputs = match &call.weight {
             Some(weight) => {
                 let base = Base { left: x, right: &weight.t()?, bias: self.bias }.composed()?;
-                gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
+                gpu::run_in_place(&[x, a, b, &base], &[&shape], gpu::kept(plans, Plans::forward))?
             }
-            None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
+            None => gpu::run(&[x, a, b], &[&shape], gpu::kept(plans, Plans::forward))?,
         };
         Ok((outputs.take()?, None))
     }
@@ -472,7 +472,7 @@ impl Kernel for Gradients<'_> {
         let shapes = [(wanted.x, x.shape()), (wanted.a, &a_shape), (wanted.b, &b_shape)];
         let shapes: Vec<&Shape> =
             shapes.into_iter().filter(|(wanted, _)| *wanted).map(|(_, shape)| shape).collect();
-        let plan = |tuning| plans.backward(wanted, tuning);
+        let plan = gpu::kept((plans, wanted), |(plans, wanted), tuning| plans.backward(*wanted, tuning));
         let mut outputs = match call.weight.as_ref().filter(|_| wanted.x) {
             Some(weight) => {
                 let base = grad.matmul(&operand(weight)?)?;

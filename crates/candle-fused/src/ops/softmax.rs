@@ -139,7 +139,7 @@ impl Kernel for Forward<'_> {
 
     fn gpu(&self) -> Attempt<Tensor> {
         let (plans, x) = (plans(self.x, self.options)?, gpu::contiguous(self.x)?);
-        Ok(gpu::run(&[&x], &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
+        Ok(gpu::run(&[&x], &[x.shape()], gpu::kept(plans, Plans::forward))?.take()?)
     }
 }
 
@@ -160,6 +160,6 @@ impl Kernel for Gradient<'_> {
     fn gpu(&self) -> Attempt<Tensor> {
         let (plans, y, g) =
             (plans(self.y, self.options)?, gpu::contiguous(self.y)?, gpu::contiguous(self.g)?);
-        Ok(gpu::run(&[&y, &g], &[y.shape()], |tuning| plans.backward(tuning))?.take()?)
+        Ok(gpu::run(&[&y, &g], &[y.shape()], gpu::kept(plans, Plans::backward))?.take()?)
     }
 }
