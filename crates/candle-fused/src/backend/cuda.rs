@@ -102,18 +102,42 @@ impl Compiler for Cuda {
 /// Lets the device's memory pool keep what is freed. By default it gives everything back whenever somebody waits for the
 /// device, and the next step of a training pays for mapping it again.
 fn keep_freed_memory(stream: &CudaStream) -> Result<()> {
+    let Some(pool) = pool(stream)? else { return Ok(()) };
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut everything = u64::MAX;
+    // SAFETY: the pool is a device's own; the attribute is a u64.
+    unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut everything).cast()) }
+        .map_err(Error::wrap)
+}
+
+/// What Candle allocates from, where the device has it.
+fn pool(stream: &CudaStream) -> Result<Option<sys::CUmemoryPool>> {
     let context = stream.context();
     let pooled = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED;
     if context.attribute(pooled).map_err(Error::wrap)? == 0 {
-        return Ok(());
+        return Ok(None);
     }
-    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut everything = u64::MAX;
-    // SAFETY: the device is that of a context; the attribute is a u64.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device()).map_err(Error::wrap)?;
-        result::mem_pool::set_attribute(pool, threshold, (&raw mut everything).cast()).map_err(Error::wrap)
-    }
+    // SAFETY: the device is that of a context.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map(Some).map_err(Error::wrap)
+}
+
+const PEAK: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
+/// The most bytes that were allocated at once.
+pub(super) fn peak_memory(device: &CudaDevice) -> Result<Option<u64>> {
+    let Some(pool) = pool(&device.cuda_stream())? else { return Ok(None) };
+    let mut peak = 0u64;
+    // SAFETY: the pool is a device's own; the attribute is a u64.
+    unsafe { result::mem_pool::get_attribute(pool, PEAK, (&raw mut peak).cast()) }.map_err(Error::wrap)?;
+    Ok(Some(peak))
+}
+
+/// Counts anew from what is allocated now.
+pub(super) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
+    let Some(pool) = pool(&device.cuda_stream())? else { return Ok(()) };
+    let mut now = 0u64;
+    // SAFETY: the pool is a device's own; the attribute is a u64, and zero the one value that it takes.
+    unsafe { result::mem_pool::set_attribute(pool, PEAK, (&raw mut now).cast()) }.map_err(Error::wrap)
 }
 
 impl Executor for Cuda {
@@ -133,7 +157,9 @@ impl Executor for Cuda {
 
     fn dispatch(&self, launches: &[(Launch, Function)], buffers: &[Argument]) -> Result<()> {
         let storages: Vec<_> = buffers.iter().map(|buffer| buffer.tensor.storage_and_layout().0).collect();
-        let mut guards = Vec::with_capacity(buffers.len());
+        // One stream needs no events.
+        let tracks = self.stream.context().is_managing_stream_synchronization();
+        let mut guards = Vec::new();
         let mut addresses = Vec::with_capacity(buffers.len());
         for (buffer, storage) in buffers.iter().zip(&storages) {
             macro_rules! address {
@@ -149,7 +175,9 @@ impl Executor for Cuda {
             }
             let (address, guard) = address!(F32, F16, BF16, U32, I64, U8);
             addresses.push(address + buffer.offset as u64);
-            guards.push(guard);
+            if tracks {
+                guards.push(guard);
+            }
         }
         let mut parameters: Vec<*mut c_void> = Vec::with_capacity(buffers.len() + 1);
         for (launch, function) in launches {

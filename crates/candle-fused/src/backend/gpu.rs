@@ -72,6 +72,10 @@ pub(super) struct Argument<'a> {
     /// Where the buffer begins in the tensor's storage, in bytes.
     pub(super) offset: usize,
     /// Whether the kernels write it.
+    #[cfg_attr(
+        all(feature = "cuda", not(any(test, all(target_os = "macos", feature = "custom-metal")))),
+        expect(dead_code, reason = "Metal alone orders launches by it")
+    )]
     pub(super) writes: bool,
 }
 

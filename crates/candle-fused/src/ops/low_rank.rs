@@ -119,12 +119,18 @@ pub(super) fn check_adapter(
 
 /// `x [..., d]` as the matrix `[n, d]` of its rows.
 pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
+    if x.rank() == 2 {
+        return Ok(x.clone());
+    }
     let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
     x.reshape((n, d))
 }
 
 /// The rows `y [n, out]` in the shape `[..., out]` of an `x [..., in]`.
 fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if x.rank() == 2 {
+        return Ok(y.clone());
+    }
     let mut dims = x.dims().to_vec();
     if let Some(last) = dims.last_mut() {
         *last = y.dim(1)?;
@@ -134,7 +140,10 @@ fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
 
 /// `t` for a matrix product of Candle's: off the graph, and copied only if neither it nor its transpose is contiguous.
 fn operand(t: &Tensor) -> Result<Tensor> {
-    if t.t()?.is_contiguous() { Ok(t.detach()) } else { t.detach().contiguous() }
+    match (t.dims(), t.stride()) {
+        (&[rows, _], &[1, stride]) if stride == rows => Ok(t.detach()),
+        _ => t.detach().contiguous(),
+    }
 }
 
 /// `D(term) + base + bias` for matrices, rounded once to `dtype`.

@@ -143,10 +143,10 @@ impl Kernel for Forward<'_> {
     }
 }
 
-struct Gradient<'a> {
-    y: &'a Tensor,
-    g: &'a Tensor,
-    options: SoftmaxOptions,
+pub(super) struct Gradient<'a> {
+    pub(super) y: &'a Tensor,
+    pub(super) g: &'a Tensor,
+    pub(super) options: SoftmaxOptions,
 }
 
 impl Kernel for Gradient<'_> {
