@@ -114,6 +114,9 @@ struct Options {
     /// Seconds that a training step may be expected to take, by the engine's pace with a smaller model
     #[arg(long, default_value_t = 60.0)]
     patience: f64,
+    /// Seconds that an engine may take for its first training step, compiling included [default: 75 on a GPU]
+    #[arg(long, value_name = "SECONDS")]
+    first_step: Option<f64>,
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
@@ -330,7 +333,10 @@ impl Options {
                 });
             }
         }
-        let wanted = training::all(device);
+        let mut wanted = training::all(device);
+        for training in &mut wanted {
+            training.first_step_seconds = self.first_step.unwrap_or(training.first_step_seconds);
+        }
         let mut paces = trainings::Pace::new();
         for training in wanted.iter().filter(|t| self.is_wanted(&t.id()) && (!self.small || t.is_small())) {
             let rounds = self.training_rounds.unwrap_or(training.processes);

@@ -117,7 +117,7 @@ pub(super) fn check_adapter(
     Ok(out)
 }
 
-/// `x [..., d]` as the matrix `[n, d]` of its rows.
+/// `x [..., d]` as the matrix `[n, d]` of its rows; one that is a matrix already, as it lies.
 pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
     if x.rank() == 2 {
         return Ok(x.clone());
@@ -220,7 +220,7 @@ pub(super) struct Base<'a> {
 
 impl Base<'_> {
     fn composed(&self) -> Result<Tensor> {
-        let term = &self.left.matmul(&operand(self.right)?)?;
+        let term = &operand(self.left)?.matmul(&operand(self.right)?)?;
         Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
     }
 }
