@@ -395,3 +395,69 @@ fn plan(session: &mut Session, way: Way) -> Result<(Plan, f64)> {
     let samples = whole(TIMING_US / (us * ops::as_f64(calls)), 1.0, 30.0);
     Ok((Plan { way, samples, calls }, us))
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use crate::case::{Dtype, Mode, Op, Size};
+
+    /// An engine that ends in the middle of a case is there again for the next one.
+    #[test]
+    fn an_engine_that_ended_is_started_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let starts = folder.path().join("starts");
+        let hello = r#"{"is":"hello","engine":"frail","variants":["frail"],"versions":{},"threads":1,"allocator":""}"#;
+        let script = format!(
+            "while read line; do case $line in *hello*) echo >> {}; echo '{hello}';; *) exit 3;; esac; done",
+            starts.display()
+        );
+        let start = Start {
+            name: "frail".into(),
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), script],
+            environment: Vec::new(),
+        };
+        for device in [DeviceName::Cpu, DeviceName::Cuda] {
+            let _ = std::fs::remove_file(&starts);
+            let mut contenders = Contender::start_all(&start, device, 1).unwrap();
+            let size = Size { rows: 4, cols: 8, out: 0, rank: 0, width: 0 };
+            let case = |mode| Case {
+                op: Op::Softmax,
+                size,
+                dtype: Dtype::F32,
+                mode,
+                rotate: false,
+                compiled: false,
+            };
+            let groups = vec![("twice".to_owned(), vec![case(Mode::Forward), case(Mode::Both)])];
+            let chosen = [Chosen { op: Op::Softmax, about: String::new(), groups }];
+            let physics = Physics {
+                copy: 1e18,
+                cached_copy: 1e18,
+                cache_bytes: 1e3,
+                f32_products: 1e18,
+                short_products: 1e18,
+            };
+            let settings = Settings {
+                device,
+                threads: 1,
+                physics,
+                scratch: folder.path(),
+                rounds: 2,
+                budget: Duration::from_millis(1),
+                until: None,
+                allow_fallback: false,
+                compile: false,
+                seed: 7,
+            };
+            let mut problems = Vec::new();
+            run(&chosen, &mut contenders, &settings, |report| {
+                problems.extend(report.outcomes.iter().filter_map(|outcome| outcome.problem.clone()));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(problems.len(), 2, "{problems:?}");
+            assert_eq!(std::fs::read_to_string(&starts).unwrap().lines().count(), 2);
+        }
+    }
+}

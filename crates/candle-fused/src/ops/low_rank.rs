@@ -117,9 +117,9 @@ pub(super) fn check_adapter(
     Ok(out)
 }
 
-/// `x [..., d]` as the matrix `[n, d]` of its rows; one that is a matrix already, as it lies.
+/// `x [..., d]` as the matrix `[n, d]` of its rows, contiguous.
 pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
-    if x.rank() == 2 {
+    if x.rank() == 2 && x.is_contiguous() {
         return Ok(x.clone());
     }
     let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
@@ -220,7 +220,7 @@ pub(super) struct Base<'a> {
 
 impl Base<'_> {
     fn composed(&self) -> Result<Tensor> {
-        let term = &operand(self.left)?.matmul(&operand(self.right)?)?;
+        let term = &self.left.matmul(&operand(self.right)?)?;
         Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
     }
 }
