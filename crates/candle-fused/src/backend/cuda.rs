@@ -45,19 +45,18 @@ impl Cuda {
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().map_err(Error::wrap)?;
         let known = DEVICES.read().unwrap_or_else(PoisonError::into_inner).get(&device.id()).cloned();
-        let kernels = match known {
-            Some(kernels) => kernels,
-            None => {
-                keep_freed_memory(&stream)?;
-                let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
-                devices.entry(device.id()).or_default().clone()
-            }
+        let kernels = if let Some(kernels) = known {
+            kernels
+        } else {
+            keep_freed_memory(&stream)?;
+            let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
+            devices.entry(device.id()).or_default().clone()
         };
         Ok(Self { stream, kernels })
     }
 }
 
-fn rejected(launch: &Launch, reason: impl ToString) -> DeviceError {
+fn rejected(launch: &Launch, reason: &dyn ToString) -> DeviceError {
     DeviceError::Pipeline { name: launch.kernel.to_owned(), reason: reason.to_string() }
 }
 
@@ -68,7 +67,7 @@ impl Compiler for Cuda {
     /// Machine code for this device, or PTX where the compiler is older than the device.
     fn module(&self, launch: &Launch) -> std::result::Result<Arc<CudaModule>, DeviceError> {
         let (text, context) = (launch.source(Target::Cuda), self.stream.context());
-        let (major, minor) = context.compute_capability().map_err(|error| rejected(launch, error))?;
+        let (major, minor) = context.compute_capability().map_err(|error| rejected(launch, &error))?;
         let mut refused = String::new();
         for code in nvrtc::codes(launch.kernel, major * 10 + minor)? {
             let image = nvrtc::compile(launch.kernel, &text, code)?;
@@ -78,7 +77,7 @@ impl Compiler for Cuda {
                 Err(error) => refused = error.to_string(),
             }
         }
-        Err(rejected(launch, refused))
+        Err(rejected(launch, &refused))
     }
 
     fn pipeline(
@@ -93,8 +92,8 @@ impl Compiler for Cuda {
         // SAFETY: the function belongs to a module that `function` keeps loaded.
         let max_threads =
             unsafe { result::function::get_function_attribute(function.cu_function(), attribute) }
-                .map_err(|error| rejected(launch, error))?;
-        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(launch, error))?;
+                .map_err(|error| rejected(launch, &error))?;
+        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(launch, &error))?;
         Ok(Function { function, max_threads })
     }
 }
