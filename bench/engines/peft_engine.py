@@ -1,5 +1,6 @@
 """transformers and PEFT: LoRA training steps of a model with random weights."""
 
+import signal
 import time
 
 import common
@@ -10,6 +11,10 @@ import transformers
 transformers.logging.set_verbosity_error()
 SEED = 0
 CLIP = 1.0
+
+
+def too_long(*_):
+    raise TimeoutError("the first step took too long, compiling included")
 
 
 class Engine:
@@ -66,6 +71,8 @@ class Engine:
             torch.cuda.reset_peak_memory_stats()
         seconds, losses = [], []
         limit, begun = training["limit_seconds"], time.perf_counter()
+        signal.signal(signal.SIGALRM, too_long)
+        signal.setitimer(signal.ITIMER_REAL, training["first_step_seconds"])
         for step in range(training["warmup"] + training["steps"]):
             if cuda:
                 torch.cuda.synchronize()
@@ -79,6 +86,7 @@ class Engine:
             if cuda:
                 torch.cuda.synchronize()
             took = time.perf_counter() - start
+            signal.setitimer(signal.ITIMER_REAL, 0)
             if step >= training["warmup"] or took > limit:
                 seconds.append(took)
             losses.append(loss)

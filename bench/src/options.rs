@@ -60,9 +60,9 @@ struct Parts {
     /// The Python that has the other engines [default: .venv/bin/python in that folder, or python3]
     #[arg(long, env = "CANDLEWICK_BENCH_PYTHON", value_name = "PROGRAM")]
     engine_python: Option<PathBuf>,
-    /// Threads of every engine
-    #[arg(long, default_value_t = 2)]
-    threads: usize,
+    /// Threads of every engine [default: 2; beside a GPU, the machine's]
+    #[arg(long)]
+    threads: Option<usize>,
 }
 
 #[derive(Args)]
@@ -114,6 +114,9 @@ struct Options {
     /// Seconds that a training step may be expected to take, by the engine's pace with a smaller model
     #[arg(long, default_value_t = 60.0)]
     patience: f64,
+    /// Seconds that an engine may take for its first training step, compiling included [default: 75 on a GPU]
+    #[arg(long, value_name = "SECONDS")]
+    first_step: Option<f64>,
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
@@ -138,7 +141,7 @@ impl Cli {
             Task::Compare { first, second } => compare::run(first, second),
             Task::SeedMethod(options) => {
                 let device = if options.device == "cuda" { DeviceName::Cuda } else { DeviceName::Cpu };
-                seed_method::run(&options.parts.start("mlx")?, device, options.parts.threads)
+                seed_method::run(&options.parts.start("mlx", device)?, device, options.parts.threads(device))
             }
             Task::Engine { name } => {
                 let library = match name.as_str() {
@@ -154,6 +157,12 @@ impl Cli {
 }
 
 impl Parts {
+    /// On a GPU threads draw random weights, and are not measured.
+    fn threads(&self, device: DeviceName) -> usize {
+        let all = || std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        self.threads.unwrap_or_else(|| if device == DeviceName::Cpu { 2 } else { all() })
+    }
+
     fn folder(&self) -> PathBuf {
         let built = Path::new(env!("CARGO_MANIFEST_DIR"));
         match &self.bench {
@@ -164,8 +173,8 @@ impl Parts {
     }
 
     /// How to start an engine by its name.
-    fn start(&self, name: &str) -> Result<Start> {
-        let threads = self.threads.to_string();
+    fn start(&self, name: &str, device: DeviceName) -> Result<Start> {
+        let threads = self.threads(device).to_string();
         let variables = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"];
         let mut environment: Vec<_> =
             variables.iter().map(|&variable| (variable.to_owned(), threads.clone())).collect();
@@ -197,7 +206,7 @@ impl Parts {
 impl Options {
     fn run(&self, device: DeviceName) -> Result<ExitCode> {
         let start = Instant::now();
-        let threads = self.parts.threads;
+        let threads = self.parts.threads(device);
         let _ = rayon::ThreadPoolBuilder::new()
             .num_threads(if device == DeviceName::Cpu { threads } else { 0 })
             .build_global();
@@ -220,15 +229,15 @@ impl Options {
         let scratch = self.scratch()?;
         let folder = self.out.clone().unwrap_or_else(|| Path::new("target/bench").join(device.name()));
         let mut contenders = Vec::new();
-        for name in self.engines(device).iter().filter(|name| *name != "peft") {
-            match Contender::start_all(&self.parts.start(name)?, device, threads) {
+        for (name, started) in self.contenders(device) {
+            match started {
                 Ok(started) => {
                     report.engines.extend(started.first().map(|contender| contender.hello.clone()));
                     contenders.extend(started);
                 }
                 Err(error) => {
                     eprintln!("{name} did not start: {error}");
-                    report.missing.insert(name.clone(), error.to_string());
+                    report.missing.insert(name, error.to_string());
                 }
             }
         }
@@ -269,6 +278,24 @@ impl Options {
         write(&report, &folder)
     }
 
+    /// The engines of operations, started side by side: most of a start is a library's loading.
+    fn contenders(&self, device: DeviceName) -> Vec<(String, Result<Vec<Contender>>)> {
+        let names = self.engines(device).into_iter().filter(|name| name != "peft");
+        let start = |name: &str| {
+            Contender::start_all(&self.parts.start(name, device)?, device, self.parts.threads(device))
+        };
+        std::thread::scope(|scope| {
+            let starting: Vec<_> = names
+                .map(|name| {
+                    let of_name = name.clone();
+                    (name, scope.spawn(move || start(&of_name)))
+                })
+                .collect();
+            let ended = |_| Err(Error::Engine("its start broke off".to_owned()));
+            starting.into_iter().map(|(name, started)| (name, started.join().unwrap_or_else(ended))).collect()
+        })
+    }
+
     fn engines(&self, device: DeviceName) -> Vec<String> {
         let all: &[&str] = match device {
             DeviceName::Cpu => &["ours", "candle", "pytorch", "mlx", "peft"],
@@ -302,15 +329,18 @@ impl Options {
                 trainers.push(Trainer {
                     label,
                     variant: variant.to_owned(),
-                    start: self.parts.start(engine)?,
+                    start: self.parts.start(engine, device)?,
                 });
             }
         }
-        let wanted = training::all(device);
+        let mut wanted = training::all(device);
+        for training in &mut wanted {
+            training.first_step_seconds = self.first_step.unwrap_or(training.first_step_seconds);
+        }
         let mut paces = trainings::Pace::new();
         for training in wanted.iter().filter(|t| self.is_wanted(&t.id()) && (!self.small || t.is_small())) {
             let rounds = self.training_rounds.unwrap_or(training.processes);
-            let threads = self.parts.threads;
+            let threads = self.parts.threads(device);
             let how = trainings::How {
                 device,
                 threads,
@@ -377,7 +407,7 @@ fn trainers_of(device: DeviceName) -> Vec<(&'static str, &'static str)> {
     match device {
         DeviceName::Cpu => vec![("ours", "ours"), ("peft", "eager")],
         DeviceName::Cuda => {
-            vec![("ours", "ours"), ("peft", "eager"), ("peft", "compiled"), ("peft", "liger")]
+            vec![("ours", "ours"), ("peft", "eager"), ("peft", "liger"), ("peft", "compiled")]
         }
     }
 }

@@ -146,17 +146,21 @@ fn one(
     };
     let passes = if settings.device == DeviceName::Cpu { PASSES } else { 1 };
     let trial = Round::new(case, settings.seed, settings.scratch)?;
-    let mut entries = Vec::new();
-    for contender in contenders.iter_mut() {
-        if contender.variant == "compiled" && !(case.compiled && settings.compile) {
-            continue;
-        }
-        let mut entry =
-            Entry { contender, plans: Vec::new(), rounds: settings.rounds, passes, outcomes: Vec::new() };
-        if let Err(error) = entry.prepare(case, &trial, copies, ways, settings) {
+    let runs =
+        |contender: &&mut Contender| contender.variant != "compiled" || (case.compiled && settings.compile);
+    let entry = |contender| Entry {
+        contender,
+        plans: Vec::new(),
+        rounds: settings.rounds,
+        passes,
+        outcomes: Vec::new(),
+    };
+    let mut entries: Vec<Entry<'_>> = contenders.iter_mut().filter(runs).map(entry).collect();
+    each(&mut entries, settings.device, |entry| entry.load(case, &trial, copies, settings));
+    for entry in entries.iter_mut().filter(|entry| entry.outcomes.is_empty()) {
+        if let Err(error) = entry.prepare(case, &trial, ways, settings) {
             entry.fail(&error);
         }
-        entries.push(entry);
     }
     drop(trial);
     let start = Instant::now();
@@ -181,6 +185,23 @@ fn one(
     Ok(CaseReport::new(case, about, outcomes, &settings.physics, others))
 }
 
+/// Has every engine do what is not measured: side by side beside a GPU, whose machine has processors enough.
+fn each(entries: &mut [Entry<'_>], device: DeviceName, what: impl Fn(&mut Entry<'_>) -> Result<()> + Sync) {
+    let attempt = |entry: &mut Entry<'_>| {
+        if let Err(error) = what(entry) {
+            entry.fail(&error);
+        }
+    };
+    match device {
+        DeviceName::Cpu => entries.iter_mut().for_each(attempt),
+        DeviceName::Cuda => std::thread::scope(|scope| {
+            for entry in entries {
+                scope.spawn(|| attempt(entry));
+            }
+        }),
+    }
+}
+
 /// One round: fresh inputs, and every engine's turn. Returns how many processors other programs kept busy meanwhile.
 fn round(
     case: &Case,
@@ -195,25 +216,25 @@ fn round(
     let (start, before) = (Instant::now(), Work::now(&processes));
     let round = Round::new(case, seed, settings.scratch)?;
     let count = entries.len();
-    let attempt = |entry: &mut Entry<'_>, what: &dyn Fn(&mut Entry<'_>) -> Result<()>| {
-        if !entry.plans.is_empty()
-            && index < entry.rounds
-            && let Err(error) = what(entry)
-        {
-            entry.fail(&error);
-        }
-    };
-    for entry in &mut *entries {
-        attempt(entry, &|entry| entry.take(&round, copies, settings));
-    }
+    let is_due = |entry: &Entry<'_>| !entry.plans.is_empty() && index < entry.rounds;
+    each(
+        entries,
+        settings.device,
+        |entry| {
+            if is_due(entry) { entry.take(&round, copies, settings) } else { Ok(()) }
+        },
+    );
     let most = entries.iter().map(|entry| entry.passes).max().unwrap_or(0);
     for number in 0..most {
         // Nobody always follows the same neighbour.
         for turn in 0..count {
             let turn = if number.is_multiple_of(2) { turn } else { count - 1 - turn };
             let entry = &mut entries[(turn + index) % count];
-            if number < entry.passes {
-                attempt(entry, &|entry| entry.turn(case, &round, index, number, settings));
+            if number < entry.passes
+                && is_due(entry)
+                && let Err(error) = entry.turn(case, &round, index, number, settings)
+            {
+                entry.fail(&error);
             }
         }
     }
@@ -240,22 +261,20 @@ fn copies(case: &Case, settings: &Settings<'_>) -> usize {
 }
 
 impl Entry<'_> {
-    /// Gets the engine ready and finds out how often each timing should call.
-    fn prepare(
-        &mut self,
-        case: &Case,
-        trial: &Round,
-        copies: usize,
-        ways: &[Way],
-        settings: &Settings<'_>,
-    ) -> Result<()> {
-        let label = self.contender.label();
-        let engine = self.contender.hello.engine.clone();
-        let variant = self.contender.variant.clone();
+    /// Gets the engine ready: beside a GPU with first calls, in which compilers compile.
+    fn load(&mut self, case: &Case, trial: &Round, copies: usize, settings: &Settings<'_>) -> Result<()> {
+        let (variant, warm) = (self.contender.variant.clone(), settings.device == DeviceName::Cuda);
         let session = self.contender.running(settings.device, settings.threads)?;
         let request = Request::Prepare { case: *case, variant, eps: ops::EPS, scaling: ops::SCALING };
         session.tell(&request)?;
-        session.tell(&Request::Inputs { path: trial.path.clone(), copies, warm: false })?;
+        session.tell(&Request::Inputs { path: trial.path.clone(), copies, warm }).map(|_| ())
+    }
+
+    /// Finds out how often each timing should call.
+    fn prepare(&mut self, case: &Case, trial: &Round, ways: &[Way], settings: &Settings<'_>) -> Result<()> {
+        let label = self.contender.label();
+        let engine = self.contender.hello.engine.clone();
+        let session = self.contender.running(settings.device, settings.threads)?;
         let mut outcomes = Vec::new();
         for &way in ways {
             let mut outcome = Outcome::new(&engine, &label, way);
@@ -375,4 +394,70 @@ fn plan(session: &mut Session, way: Way) -> Result<(Plan, f64)> {
     let calls = whole((SAMPLE_US / us).ceil(), 1.0, 1000.0);
     let samples = whole(TIMING_US / (us * ops::as_f64(calls)), 1.0, 30.0);
     Ok((Plan { way, samples, calls }, us))
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use crate::case::{Dtype, Mode, Op, Size};
+
+    /// An engine that ends in the middle of a case is there again for the next one.
+    #[test]
+    fn an_engine_that_ended_is_started_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let starts = folder.path().join("starts");
+        let hello = r#"{"is":"hello","engine":"frail","variants":["frail"],"versions":{},"threads":1,"allocator":""}"#;
+        let script = format!(
+            "while read line; do case $line in *hello*) echo >> {}; echo '{hello}';; *) exit 3;; esac; done",
+            starts.display()
+        );
+        let start = Start {
+            name: "frail".into(),
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), script],
+            environment: Vec::new(),
+        };
+        for device in [DeviceName::Cpu, DeviceName::Cuda] {
+            let _ = std::fs::remove_file(&starts);
+            let mut contenders = Contender::start_all(&start, device, 1).unwrap();
+            let size = Size { rows: 4, cols: 8, out: 0, rank: 0, width: 0 };
+            let case = |mode| Case {
+                op: Op::Softmax,
+                size,
+                dtype: Dtype::F32,
+                mode,
+                rotate: false,
+                compiled: false,
+            };
+            let groups = vec![("twice".to_owned(), vec![case(Mode::Forward), case(Mode::Both)])];
+            let chosen = [Chosen { op: Op::Softmax, about: String::new(), groups }];
+            let physics = Physics {
+                copy: 1e18,
+                cached_copy: 1e18,
+                cache_bytes: 1e3,
+                f32_products: 1e18,
+                short_products: 1e18,
+            };
+            let settings = Settings {
+                device,
+                threads: 1,
+                physics,
+                scratch: folder.path(),
+                rounds: 2,
+                budget: Duration::from_millis(1),
+                until: None,
+                allow_fallback: false,
+                compile: false,
+                seed: 7,
+            };
+            let mut problems = Vec::new();
+            run(&chosen, &mut contenders, &settings, |report| {
+                problems.extend(report.outcomes.iter().filter_map(|outcome| outcome.problem.clone()));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(problems.len(), 2, "{problems:?}");
+            assert_eq!(std::fs::read_to_string(&starts).unwrap().lines().count(), 2);
+        }
+    }
 }

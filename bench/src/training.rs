@@ -23,6 +23,8 @@ pub struct Training {
     pub warmup: usize,
     /// Steps in it.
     pub steps: usize,
+    /// An engine that is not done with its first step after this many seconds, compiling included, is not waited for.
+    pub first_step_seconds: f64,
     /// After this many seconds no further step begins. A first step that takes longer is timed itself: what warms up is
     /// little beside it.
     pub limit_seconds: f64,
@@ -66,6 +68,7 @@ pub fn all(device: DeviceName) -> Vec<Training> {
         processes: if name == "tiny" { 2 } else { 1 },
         warmup,
         steps,
+        first_step_seconds: if device == DeviceName::Cuda { 75.0 } else { 600.0 },
         limit_seconds: 15.0,
     };
     match device {

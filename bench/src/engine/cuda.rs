@@ -1,16 +1,13 @@
 //! A GPU's own time, and its memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use candle_core::Device;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, DriverError};
+use candle_core::{Device, Storage, Tensor};
 
 use super::call::Outputs;
 use crate::{Error, Result};
@@ -117,36 +114,29 @@ pub fn notes(cuda: &CudaDevice) -> Vec<String> {
     [name].into_iter().chain(capability).chain(["TF32 off".to_owned()]).collect()
 }
 
-/// Looks at the device's memory again and again, because nobody keeps its peak.
-pub struct MemoryWatch {
-    stop: Arc<AtomicBool>,
-    peak: Arc<AtomicUsize>,
-    thread: JoinHandle<()>,
+/// Bytes read and written per second by copies between two buffers of 1 GiB, the best of several.
+///
+/// The buffers are there beforehand. A fresh one for each copy would have the driver map its memory in the measured time.
+pub fn copy_rate(device: &Device) -> Result<f64> {
+    const ELEMENTS: usize = 1 << 28;
+    let stream = cuda(device)?.cuda_stream();
+    let from = Tensor::randn(0f32, 1.0, ELEMENTS, device)?;
+    let (storage, _) = from.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::Engine("only a GPU has memory of its own".to_owned()));
+    };
+    let from = storage.as_cuda_slice::<f32>()?;
+    let mut to = stream.alloc_zeros::<f32>(ELEMENTS).map_err(driver)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..20 {
+        let copy = || (0..4).try_for_each(|_| stream.memcpy_dtod(from, &mut to)).map_err(driver);
+        best = best.min(between_events(&stream, copy)? / 4.0);
+    }
+    Ok(2.0 * 4.0 * crate::ops::as_f64(ELEMENTS) / best * 1e6)
 }
 
-impl MemoryWatch {
-    /// Starts looking; `None` where the device does not tell.
-    pub fn start(device: &Device) -> Option<Self> {
-        let Device::Cuda(cuda) = device else { return None };
-        let stream = cuda.cuda_stream();
-        let context = Arc::clone(stream.context());
-        let used = move || context.mem_get_info().ok().map(|(free, total)| total - free);
-        let before = used()?;
-        let (stop, peak) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(before)));
-        let (its_stop, its_peak) = (Arc::clone(&stop), Arc::clone(&peak));
-        let thread = std::thread::spawn(move || {
-            while !its_stop.load(Ordering::Relaxed) {
-                its_peak.fetch_max(used().unwrap_or(0), Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        });
-        Some(Self { stop, peak, thread })
-    }
-
-    /// The most that was in use, by the driver's count.
-    pub fn stop(self) -> f64 {
-        self.stop.store(true, Ordering::Relaxed);
-        let _ = self.thread.join();
-        crate::ops::as_f64(self.peak.load(Ordering::Relaxed))
-    }
+/// The device's memory in use as its driver counts it, contexts and caches included.
+pub fn used_memory(device: &Device) -> Option<f64> {
+    let (free, total) = cuda(device).ok()?.cuda_stream().context().mem_get_info().ok()?;
+    Some(crate::ops::as_f64(total - free))
 }

@@ -259,7 +259,7 @@ fn device_notes(device: &Device) -> Vec<String> {
     }
 }
 
-/// The best of several large products, and on a GPU of several copies of 1 GiB.
+/// The best of several large products, and on a GPU of several copies of 1 GiB into 1 GiB.
 fn limits(device: &Device) -> Result<Limits> {
     let (m, k, n) = if device.is_cpu() { (1024, 1024, 1024) } else { (8192, 4096, 4096) };
     let mut limits = Limits::default();
@@ -270,10 +270,9 @@ fn limits(device: &Device) -> Result<Limits> {
         let operations = 2.0 * crate::ops::as_f64(m * k * n);
         limits.product_operations_per_second.insert(name.to_owned(), operations / seconds);
     }
+    #[cfg(feature = "cuda")]
     if !device.is_cpu() {
-        let x = Tensor::zeros(1 << 28, DType::F32, device)?;
-        let seconds = best_of(device, || Ok(x.copy()?))?;
-        limits.copy_bytes_per_second = Some(2.0 * 4.0 * crate::ops::as_f64(1 << 28) / seconds);
+        limits.copy_bytes_per_second = Some(cuda::copy_rate(device)?);
     }
     Ok(limits)
 }

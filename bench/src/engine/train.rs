@@ -28,8 +28,7 @@ pub fn run(library: Library, training: &Training, device: &Device) -> Result<Tra
     let batch = batch(training, device)?;
     let mut optimizer = Optimizer::new(OptimizerConfig::default(), model.parameters())?;
     let mut trained = Trained::default();
-    #[cfg(feature = "cuda")]
-    let memory = super::cuda::MemoryWatch::start(device);
+    candle_fused::reset_peak_memory(device)?;
     telemetry::reset();
     let begun = Instant::now();
     for step in 0..training.warmup + training.steps {
@@ -50,11 +49,12 @@ pub fn run(library: Library, training: &Training, device: &Device) -> Result<Tra
         }
     }
     trained.paths = Some(paths());
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+    let bytes = |bytes: u64| bytes as f64;
+    trained.peak_device_bytes = candle_fused::peak_memory(device)?.map(bytes);
     #[cfg(feature = "cuda")]
-    if let Some(memory) = memory {
-        // Candle counts no memory of its own: the driver's count is all there is, and it has the context in it.
-        trained.driver_device_bytes = Some(memory.stop());
-        trained.peak_device_bytes = trained.driver_device_bytes;
+    if !device.is_cpu() {
+        trained.driver_device_bytes = super::cuda::used_memory(device);
     }
     Ok(trained)
 }

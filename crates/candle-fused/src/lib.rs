@@ -53,7 +53,7 @@ pub mod view;
 
 #[cfg(all(target_os = "macos", feature = "custom-metal"))]
 pub use backend::MetalKernelCompiler;
-pub use backend::{DeviceKind, fused_ops};
+pub use backend::{DeviceKind, fused_ops, peak_memory, reset_peak_memory};
 pub use backward::{Gradients, backward, backward_from};
 pub use error::{DeviceError, TrainingError};
 pub use ops::adam::{AdamStep, adam};

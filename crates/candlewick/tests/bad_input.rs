@@ -75,6 +75,35 @@ fn the_place_itself_works() {
     }
 }
 
+/// Neither weights nor data nor a tokenizer: what wick carries serves.
+#[test]
+fn random_weights_need_a_configuration_alone() {
+    let place = Place::new();
+    fs::remove_file(place.path("model/model.safetensors")).unwrap();
+    place.refuses(place.train(&[]), &["model.safetensors"]);
+    place.train(&["--random-weights"]).assert().success();
+
+    let config = fs::read_to_string(place.path("model/config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["vocab_size"] = 4096.into();
+    fs::create_dir(place.path("shape")).unwrap();
+    fs::write(place.path("shape/config.json"), config.to_string()).unwrap();
+    let train = |folder: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wick"));
+        command.current_dir(place.root.path()).args(["train", "--model", "shape", "--random-weights"]);
+        command.args(["--adapter-path", folder, "--device", "cpu", "--iters", "2", "--dtype", "bf16"]);
+        command.args(["--max-seq-length", "16", "--truncate", "--val-batches", "1"]);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let printed = train("first");
+    assert!(printed.contains("tokens/s, peak memory "), "{printed}");
+    train("second");
+    let adapter = |folder: &str| fs::read(place.path(folder).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter("first"), adapter("second"), "the seed decides the weights");
+}
+
 #[test]
 fn missing_files_are_named() {
     for (missing, word) in [

@@ -11,10 +11,11 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorageSlice, DeviceId};
 use candle_core::{CudaDevice, Error, Result, Storage as TensorStorage, bail};
-use candlewick_kernels::{KernelFile, Launch, Storage, Target};
+use candlewick_kernels::{Launch, Target};
 
-use super::gpu::{Argument, Executor};
+use super::gpu::{Argument, Executor, Ready};
 use super::nvrtc;
+use super::pipelines::{Compiler, Pipelines, Prepared};
 use crate::DeviceError;
 
 /// A device, with what was compiled for it.
@@ -30,18 +31,12 @@ pub(super) struct Function {
     max_threads: u32,
 }
 
-/// Which entry point of which file in which storage; the defines tell its variants apart.
-type Name = (&'static str, KernelFile, Storage);
-
 /// The kernels of one device.
 #[derive(Default)]
 struct Kernels {
-    functions: RwLock<HashMap<Name, Vec<(Defines, Function)>>>,
-    /// By text, which may hold several entry points.
-    modules: RwLock<HashMap<String, Arc<CudaModule>>>,
+    pipelines: Pipelines<Arc<CudaModule>, Function>,
+    prepared: Prepared<Ready<Function>>,
 }
-
-type Defines = Vec<(&'static str, String)>;
 
 impl Cuda {
     /// The executor of a device.
@@ -50,20 +45,46 @@ impl Cuda {
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().map_err(Error::wrap)?;
         let known = DEVICES.read().unwrap_or_else(PoisonError::into_inner).get(&device.id()).cloned();
-        let kernels = match known {
-            Some(kernels) => kernels,
-            None => {
-                keep_freed_memory(&stream)?;
-                let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
-                devices.entry(device.id()).or_default().clone()
-            }
+        let kernels = if let Some(kernels) = known {
+            kernels
+        } else {
+            keep_freed_memory(&stream)?;
+            let mut devices = DEVICES.write().unwrap_or_else(PoisonError::into_inner);
+            devices.entry(device.id()).or_default().clone()
         };
         Ok(Self { stream, kernels })
     }
+}
 
-    fn load(&self, launch: &Launch) -> std::result::Result<Function, DeviceError> {
-        let rejected = |reason: String| DeviceError::Pipeline { name: launch.kernel.to_owned(), reason };
-        let module = self.module(launch)?;
+fn rejected(launch: &Launch, reason: &dyn ToString) -> DeviceError {
+    DeviceError::Pipeline { name: launch.kernel.to_owned(), reason: reason.to_string() }
+}
+
+impl Compiler for Cuda {
+    type Module = Arc<CudaModule>;
+    type Pipeline = Function;
+
+    /// Machine code for this device, or PTX where the compiler is older than the device.
+    fn module(&self, launch: &Launch) -> std::result::Result<Arc<CudaModule>, DeviceError> {
+        let (text, context) = (launch.source(Target::Cuda), self.stream.context());
+        let (major, minor) = context.compute_capability().map_err(|error| rejected(launch, &error))?;
+        let mut refused = String::new();
+        for code in nvrtc::codes(launch.kernel, major * 10 + minor)? {
+            let image = nvrtc::compile(launch.kernel, &text, code)?;
+            match context.load_module(Ptx::from_binary(image)) {
+                Ok(module) => return Ok(module),
+                // The driver is older than the compiler.
+                Err(error) => refused = error.to_string(),
+            }
+        }
+        Err(rejected(launch, &refused))
+    }
+
+    fn pipeline(
+        &self,
+        module: &Arc<CudaModule>,
+        launch: &Launch,
+    ) -> std::result::Result<Function, DeviceError> {
         let function = module
             .load_function(launch.kernel)
             .map_err(|_| DeviceError::UnknownKernel { name: launch.kernel.to_owned() })?;
@@ -71,84 +92,75 @@ impl Cuda {
         // SAFETY: the function belongs to a module that `function` keeps loaded.
         let max_threads =
             unsafe { result::function::get_function_attribute(function.cu_function(), attribute) }
-                .map_err(|error| rejected(error.to_string()))?;
-        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(error.to_string()))?;
+                .map_err(|error| rejected(launch, &error))?;
+        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(launch, &error))?;
         Ok(Function { function, max_threads })
-    }
-
-    /// The module of a launch's text: machine code for this device, or PTX where the compiler is older than the device.
-    fn module(&self, launch: &Launch) -> std::result::Result<Arc<CudaModule>, DeviceError> {
-        let text = launch.source(Target::Cuda);
-        if let Some(module) = self.kernels.modules.read().unwrap_or_else(PoisonError::into_inner).get(&text) {
-            return Ok(module.clone());
-        }
-        let context = self.stream.context();
-        let rejected = |reason: String| DeviceError::Pipeline { name: launch.kernel.to_owned(), reason };
-        let (major, minor) = context.compute_capability().map_err(|error| rejected(error.to_string()))?;
-        let mut refused = String::new();
-        for code in nvrtc::codes(launch.kernel, major * 10 + minor)? {
-            let image = nvrtc::compile(launch.kernel, &text, code)?;
-            match context.load_module(Ptx::from_binary(image)) {
-                Ok(module) => {
-                    let mut modules = self.kernels.modules.write().unwrap_or_else(PoisonError::into_inner);
-                    return Ok(modules.entry(text).or_insert(module).clone());
-                }
-                // The driver is older than the compiler.
-                Err(error) => refused = error.to_string(),
-            }
-        }
-        Err(rejected(refused))
     }
 }
 
 /// Lets the device's memory pool keep what is freed. By default it gives everything back whenever somebody waits for the
 /// device, and the next step of a training pays for mapping it again.
 fn keep_freed_memory(stream: &CudaStream) -> Result<()> {
+    let Some(pool) = pool(stream)? else { return Ok(()) };
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut everything = u64::MAX;
+    // SAFETY: the pool is a device's own; the attribute is a u64.
+    unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut everything).cast()) }
+        .map_err(Error::wrap)
+}
+
+/// What Candle allocates from, where the device has it.
+fn pool(stream: &CudaStream) -> Result<Option<sys::CUmemoryPool>> {
     let context = stream.context();
     let pooled = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED;
     if context.attribute(pooled).map_err(Error::wrap)? == 0 {
-        return Ok(());
+        return Ok(None);
     }
-    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut everything = u64::MAX;
-    // SAFETY: the device is that of a context; the attribute is a u64.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device()).map_err(Error::wrap)?;
-        result::mem_pool::set_attribute(pool, threshold, (&raw mut everything).cast()).map_err(Error::wrap)
-    }
+    // SAFETY: the device is that of a context.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map(Some).map_err(Error::wrap)
+}
+
+const PEAK: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
+/// The most bytes that were allocated at once.
+pub(super) fn peak_memory(device: &CudaDevice) -> Result<Option<u64>> {
+    let Some(pool) = pool(&device.cuda_stream())? else { return Ok(None) };
+    let mut peak = 0u64;
+    // SAFETY: the pool is a device's own; the attribute is a u64.
+    unsafe { result::mem_pool::get_attribute(pool, PEAK, (&raw mut peak).cast()) }.map_err(Error::wrap)?;
+    Ok(Some(peak))
+}
+
+/// Counts anew from what is allocated now.
+pub(super) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
+    let Some(pool) = pool(&device.cuda_stream())? else { return Ok(()) };
+    let mut now = 0u64;
+    // SAFETY: the pool is a device's own; the attribute is a u64, and zero the one value that it takes.
+    unsafe { result::mem_pool::set_attribute(pool, PEAK, (&raw mut now).cast()) }.map_err(Error::wrap)
 }
 
 impl Executor for Cuda {
     type Pipeline = Function;
 
     fn pipeline(&self, launch: &Launch) -> std::result::Result<Function, DeviceError> {
-        let name = (launch.kernel, launch.file, launch.storage);
-        let find = |functions: &HashMap<Name, Vec<(Defines, Function)>>| {
-            let variants = functions.get(&name)?;
-            variants
-                .iter()
-                .find(|(defines, _)| *defines == launch.defines)
-                .map(|(_, function)| function.clone())
-        };
-        if let Some(function) = find(&self.kernels.functions.read().unwrap_or_else(PoisonError::into_inner)) {
-            return Ok(function);
-        }
-        let function = self.load(launch)?;
-        let mut functions = self.kernels.functions.write().unwrap_or_else(PoisonError::into_inner);
-        functions.entry(name).or_default().push((launch.defines.clone(), function.clone()));
-        Ok(function)
+        self.kernels.pipelines.get(launch, self)
     }
 
     fn max_threads(function: &Function) -> u32 {
         function.max_threads
     }
 
-    fn dispatch(&self, launch: &Launch, function: &Function, arguments: &[Argument]) -> Result<()> {
-        let storages: Vec<_> =
-            arguments.iter().map(|argument| argument.tensor.storage_and_layout().0).collect();
-        let mut guards = Vec::with_capacity(arguments.len());
-        let mut addresses = Vec::with_capacity(arguments.len());
-        for (argument, storage) in arguments.iter().zip(&storages) {
+    fn prepared(&self) -> &Prepared<Ready<Function>> {
+        &self.kernels.prepared
+    }
+
+    fn dispatch(&self, launches: &[(Launch, Function)], buffers: &[Argument]) -> Result<()> {
+        let storages: Vec<_> = buffers.iter().map(|buffer| buffer.tensor.storage_and_layout().0).collect();
+        // One stream needs no events.
+        let tracks = self.stream.context().is_managing_stream_synchronization();
+        let mut guards = Vec::new();
+        let mut addresses = Vec::with_capacity(buffers.len());
+        for (buffer, storage) in buffers.iter().zip(&storages) {
             macro_rules! address {
                 ($($dtype:ident),+) => {
                     match &**storage {
@@ -156,32 +168,39 @@ impl Executor for Cuda {
                             let CudaStorageSlice::$dtype(slice) = &storage.slice else { continue };
                             slice.device_ptr(&self.stream)
                         })+
-                        _ => bail!("{}: the tensors of one operation must be on one device", launch.kernel),
+                        _ => bail!("the tensors of one operation must be on one device"),
                     }
                 };
             }
-            let (address, guard) = address!(F32, F16, BF16, U32, I64);
-            addresses.push(address + argument.offset as u64);
-            guards.push(guard);
+            let (address, guard) = address!(F32, F16, BF16, U32, I64, U8);
+            addresses.push(address + buffer.offset as u64);
+            if tracks {
+                guards.push(guard);
+            }
         }
-        let mut parameters: Vec<*mut c_void> =
-            addresses.iter().map(|address| ptr::from_ref(address).cast_mut().cast()).collect();
-        parameters.push(launch.params.as_ptr().cast_mut().cast());
-        let [x, y, z] = launch.threadgroups;
-        // SAFETY: `parameters` are one address for each of the kernel's buffers, in order, and the bytes of its PARAM
-        // struct, all alive until the call returns, which copies them. The buffers hold what the plan says they do
-        // (`gpu.rs` checked it); the kernels stay inside them (the simulator's tests). They are read and written on the
-        // stream that all of the device's work is queued on, so that nothing frees or reads them out of order.
-        unsafe {
-            result::launch_kernel(
-                function.function.cu_function(),
-                (x, y, z),
-                (launch.threads, 1, 1),
-                0,
-                self.stream.cu_stream(),
-                &mut parameters,
-            )
+        let mut parameters: Vec<*mut c_void> = Vec::with_capacity(buffers.len() + 1);
+        for (launch, function) in launches {
+            parameters.clear();
+            let arguments = launch.arguments.iter().map(|&index| ptr::from_ref(&addresses[index]));
+            parameters.extend(arguments.map(|address| address.cast_mut().cast::<c_void>()));
+            parameters.push(launch.params.as_ptr().cast_mut().cast());
+            let [x, y, z] = launch.threadgroups;
+            // SAFETY: `parameters` are one address for each of the kernel's buffers, in order, and the bytes of its PARAM
+            // struct, all alive until the call returns, which copies them. The buffers hold what the plan says they do
+            // (`gpu.rs` checked it); the kernels stay inside them (the simulator's tests). They are read and written on the
+            // stream that all of the device's work is queued on, so that nothing frees or reads them out of order.
+            unsafe {
+                result::launch_kernel(
+                    function.function.cu_function(),
+                    (x, y, z),
+                    (launch.threads, 1, 1),
+                    0,
+                    self.stream.cu_stream(),
+                    &mut parameters,
+                )
+            }
+            .map_err(Error::wrap)?;
         }
-        .map_err(Error::wrap)
+        Ok(())
     }
 }

@@ -9,12 +9,14 @@
     expect(dead_code, reason = "a build without a GPU has no executor")
 )]
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
-use candlewick_kernels::{Element, Launch, Plan, PlanError, Role, Storage, Tuning, launch::VECTOR_BYTES};
+use candlewick_kernels::{Buffer, Element, Launch, Plan, Role, Storage, Tuning, launch::VECTOR_BYTES};
 
 use super::Attempt;
+pub(crate) use super::pipelines::kept;
+use super::pipelines::{Prepared, Recipe};
 use crate::DeviceError;
 
 /// Compiles and dispatches launches on one device.
@@ -28,17 +30,52 @@ pub(super) trait Executor {
     /// The most threads that a threadgroup of this kernel may have here.
     fn max_threads(pipeline: &Self::Pipeline) -> u32;
 
-    /// Dispatches a launch on its arguments, after all that was dispatched before.
-    fn dispatch(&self, launch: &Launch, pipeline: &Self::Pipeline, arguments: &[Argument]) -> Result<()>;
+    /// The plans that were prepared for this device.
+    fn prepared(&self) -> &Prepared<Ready<Self::Pipeline>>;
+
+    /// Dispatches launches in their order, after all that was dispatched before. Their arguments are indices into these.
+    fn dispatch(&self, launches: &[(Launch, Self::Pipeline)], buffers: &[Argument]) -> Result<()>;
 }
 
-/// What one argument of a kernel is bound to.
+/// A plan cut to a device, with its compiled kernels.
+pub(super) struct Ready<P> {
+    buffers: Vec<Buffer>,
+    launches: Vec<(Launch, P)>,
+    scratch: Scratch,
+}
+
+/// One allocation for all of a plan's scratch.
+struct Scratch {
+    bytes: usize,
+    /// Where each scratch buffer begins, in the plan's order.
+    offsets: Vec<usize>,
+}
+
+/// As an allocation of its own would be aligned.
+const SCRATCH_ALIGNMENT: usize = 256;
+
+impl Scratch {
+    fn of(buffers: &[Buffer]) -> Self {
+        let (mut bytes, mut offsets) = (0, Vec::new());
+        for buffer in buffers.iter().filter(|buffer| buffer.role == Role::Scratch) {
+            offsets.push(bytes);
+            bytes += buffer.bytes().next_multiple_of(SCRATCH_ALIGNMENT);
+        }
+        Self { bytes, offsets }
+    }
+}
+
+/// What one buffer of a plan is bound to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Argument<'a> {
     pub(super) tensor: &'a Tensor,
-    /// Where the tensor begins in its storage, in bytes.
+    /// Where the buffer begins in the tensor's storage, in bytes.
     pub(super) offset: usize,
-    /// Whether the kernel writes it.
+    /// Whether the kernels write it.
+    #[cfg_attr(
+        all(feature = "cuda", not(any(test, all(target_os = "macos", feature = "custom-metal")))),
+        expect(dead_code, reason = "Metal alone orders launches by it")
+    )]
     pub(super) writes: bool,
 }
 
@@ -100,29 +137,23 @@ impl Outputs {
 /// Runs a plan: `inputs` are what it reads, in its order, `shapes` those of what it leaves.
 ///
 /// An input is read from its first element on, as the plan says: contiguous, unless the plan knows strides.
-pub(crate) fn run(
-    inputs: &[&Tensor],
-    shapes: &[&Shape],
-    plan: impl Fn(Tuning) -> std::result::Result<Plan, PlanError>,
-) -> Attempt<Outputs> {
-    Work { inputs, replaced: None, shapes, plan: &plan }.run()
+#[expect(clippy::needless_pass_by_value, reason = "as closures are passed")]
+pub(crate) fn run(inputs: &[&Tensor], shapes: &[&Shape], recipe: impl Recipe) -> Attempt<Outputs> {
+    Work { inputs, replaced: None, shapes, recipe: &recipe }.run()
 }
 
 /// As [`run`]; the first result takes the place of the last input, a fresh tensor that nobody else has.
-pub(crate) fn run_in_place(
-    inputs: &[&Tensor],
-    shapes: &[&Shape],
-    plan: impl Fn(Tuning) -> std::result::Result<Plan, PlanError>,
-) -> Attempt<Outputs> {
-    Work { inputs, replaced: inputs.last().copied(), shapes, plan: &plan }.run()
+#[expect(clippy::needless_pass_by_value, reason = "as closures are passed")]
+pub(crate) fn run_in_place(inputs: &[&Tensor], shapes: &[&Shape], recipe: impl Recipe) -> Attempt<Outputs> {
+    Work { inputs, replaced: inputs.last().copied(), shapes, recipe: &recipe }.run()
 }
 
-/// A plan, not yet cut to a device, and its tensors.
+/// A recipe, and the tensors of its plan.
 struct Work<'a> {
     inputs: &'a [&'a Tensor],
     replaced: Option<&'a Tensor>,
     shapes: &'a [&'a Shape],
-    plan: &'a dyn Fn(Tuning) -> std::result::Result<Plan, PlanError>,
+    recipe: &'a dyn Recipe,
 }
 
 impl Work<'_> {
@@ -137,9 +168,8 @@ impl Work<'_> {
             Device::Metal(device) => self.on(&super::metal::Metal::of(device)?),
             #[cfg(test)]
             Device::Cpu => {
-                let plan = self.plan(self.tuning(Tuning::default().max_threads))?;
-                // Checks the tensors against the plan.
-                self.bind(&plan)?;
+                let plan = self.plan(Tuning { aligned: self.aligned(), ..Tuning::default() })?;
+                self.check(&plan.buffers)?;
                 super::simulated::run(&plan, self.inputs, self.shapes)
             }
             other => Err(DeviceError::Unsupported { what: format!("{:?}", other.location()) }.into()),
@@ -147,73 +177,68 @@ impl Work<'_> {
     }
 
     fn plan(&self, tuning: Tuning) -> Result<Plan> {
-        let plan = (self.plan)(tuning).map_err(candle_core::Error::wrap)?;
+        let plan = self.recipe.plan(tuning).map_err(candle_core::Error::wrap)?;
         plan.check().map_err(candle_core::Error::wrap)?;
         Ok(plan)
     }
 
-    /// The tuning for these tensors where threadgroups may have `max_threads`.
-    fn tuning(&self, max_threads: u32) -> Tuning {
-        // Allocations are aligned beyond a vector access on every device; offsets decide.
-        let aligned = self.inputs.iter().all(|input| offset(input).is_multiple_of(VECTOR_BYTES));
-        Tuning { aligned, max_threads }
+    /// Whether every input allows vector accesses. Allocations are aligned beyond these on every device; offsets decide.
+    fn aligned(&self) -> bool {
+        self.inputs.iter().all(|input| offset(input).is_multiple_of(VECTOR_BYTES))
     }
 
     fn on<E: Executor>(&self, executor: &E) -> Attempt<Outputs> {
-        let mut tuning = self.tuning(Tuning::default().max_threads);
-        let (plan, pipelines) = loop {
-            let plan = self.plan(tuning)?;
-            let pipelines: Vec<E::Pipeline> = plan
-                .launches
+        let aligned = self.aligned();
+        let ready = match self.recipe.key() {
+            Some(key) => {
+                let elements = self.inputs.first().map_or(0, |input| input.elem_count());
+                executor.prepared().get(key, elements, aligned, || self.prepare(executor, aligned))?
+            }
+            None => Arc::new(self.prepare(executor, aligned)?),
+        };
+        self.check(&ready.buffers)?;
+        let outputs = self.outputs(&ready.buffers)?;
+        let scratch = self.scratch(&ready.scratch)?;
+        let arguments = self.bind(&ready, &outputs, scratch.as_ref())?;
+        executor.dispatch(&ready.launches, &arguments)?;
+        Ok(Outputs::new(outputs))
+    }
+
+    /// The plan, cut to what its kernels allow on this device.
+    fn prepare<E: Executor>(&self, executor: &E, aligned: bool) -> Attempt<Ready<E::Pipeline>> {
+        let mut tuning = Tuning { aligned, ..Tuning::default() };
+        loop {
+            let Plan { buffers, launches } = self.plan(tuning)?;
+            let pipelines: Vec<E::Pipeline> = launches
                 .iter()
                 .map(|launch| executor.pipeline(launch))
                 .collect::<std::result::Result<_, _>>()?;
             // An oversized dispatch does nothing, silently, on Metal.
-            let limits = plan
-                .launches
-                .iter()
-                .zip(&pipelines)
-                .map(|(launch, pipeline)| (launch, E::max_threads(pipeline)));
+            let limits =
+                launches.iter().zip(&pipelines).map(|(launch, pipeline)| (launch, E::max_threads(pipeline)));
             match limits.filter(|&(launch, limit)| launch.threads > limit).map(|(_, limit)| limit).min() {
-                None => break (plan, pipelines),
+                None => {
+                    let launches = launches.into_iter().zip(pipelines).collect();
+                    return Ok(Ready { scratch: Scratch::of(&buffers), buffers, launches });
+                }
                 Some(limit) if limit < tuning.max_threads => tuning.max_threads = limit,
                 Some(limit) => {
                     let what = format!("a threadgroup of the {limit} threads that the kernel allows");
                     return Err(DeviceError::Unsupported { what }.into());
                 }
             }
-        };
-        let (tensors, outputs) = self.bind(&plan)?;
-        let arguments: Vec<Argument> = (plan.buffers.iter().zip(&tensors))
-            .map(|(buffer, tensor)| Argument {
-                tensor,
-                offset: offset(tensor),
-                writes: buffer.role != Role::Input,
-            })
-            .collect();
-        for (launch, pipeline) in plan.launches.iter().zip(&pipelines) {
-            let bound: Vec<Argument> = launch.arguments.iter().map(|&index| arguments[index]).collect();
-            executor.dispatch(launch, pipeline, &bound)?;
         }
-        Ok(Outputs::new(outputs))
     }
 
-    /// The tensor of each of the plan's buffers, and the results among them.
-    fn bind(&self, plan: &Plan) -> Result<(Vec<Cow<'_, Tensor>>, Vec<Tensor>)> {
-        let Some(device) = self.inputs.first().map(|input| input.device()) else {
-            bail!("a plan has at least one input");
-        };
-        let mut inputs = self.inputs.iter();
-        let mut shapes = self.shapes.iter();
-        let mut outputs: Vec<Tensor> = Vec::with_capacity(self.shapes.len());
-        let mut tensors = Vec::with_capacity(plan.buffers.len());
-        for buffer in &plan.buffers {
+    /// The tensors and shapes are the plan's, whose buffers are inputs, then outputs, then scratch.
+    fn check(&self, buffers: &[Buffer]) -> Result<()> {
+        self.device()?;
+        let (mut inputs, mut shapes) = (self.inputs.iter(), self.shapes.iter());
+        for buffer in buffers {
             let dtype = dtype(buffer.element);
-            let tensor = match buffer.role {
+            match buffer.role {
                 Role::Input => match inputs.next() {
-                    Some(input) if input.dtype() == dtype && reach(input) >= buffer.len => {
-                        Cow::Borrowed(*input)
-                    }
+                    Some(input) if input.dtype() == dtype && reach(input) >= buffer.len => {}
                     Some(input) => bail!(
                         "{} must hold {} elements of {}, got {} of {}",
                         buffer.name,
@@ -225,24 +250,70 @@ impl Work<'_> {
                     None => bail!("{} has no tensor", buffer.name),
                 },
                 Role::Output => {
-                    let Some(&shape) = shapes.next().filter(|shape| shape.elem_count() == buffer.len) else {
+                    if shapes.next().is_none_or(|shape| shape.elem_count() != buffer.len) {
                         bail!("{} has no shape of {} elements", buffer.name, buffer.len);
-                    };
-                    let tensor = match self.replaced.filter(|_| outputs.is_empty()) {
-                        Some(replaced) => replaced.reshape(shape)?,
-                        None => uninitialised(shape, dtype, device)?,
-                    };
-                    outputs.push(tensor.clone());
-                    Cow::Owned(tensor)
+                    }
                 }
-                Role::Scratch => Cow::Owned(uninitialised(&Shape::from(buffer.len), dtype, device)?),
-            };
-            tensors.push(tensor);
+                Role::Scratch => {}
+            }
         }
         if inputs.next().is_some() || shapes.next().is_some() {
-            bail!("the plan has {} buffers, fewer than its tensors", plan.buffers.len());
+            bail!("the plan has {} buffers, fewer than its tensors", buffers.len());
         }
-        Ok((tensors, outputs))
+        Ok(())
+    }
+
+    fn device(&self) -> Result<&Device> {
+        match self.inputs.first() {
+            Some(input) => Ok(input.device()),
+            None => bail!("a plan has at least one input"),
+        }
+    }
+
+    /// The results, to be written.
+    fn outputs(&self, buffers: &[Buffer]) -> Result<Vec<Tensor>> {
+        let device = self.device()?;
+        let outputs = buffers.iter().filter(|buffer| buffer.role == Role::Output);
+        let output = |(index, (buffer, &shape)): (usize, (&Buffer, &&Shape))| match self.replaced {
+            Some(replaced) if index == 0 => replaced.reshape(shape),
+            _ => uninitialised(shape, dtype(buffer.element), device),
+        };
+        outputs.zip(self.shapes).enumerate().map(output).collect()
+    }
+
+    fn scratch(&self, scratch: &Scratch) -> Result<Option<Tensor>> {
+        if scratch.bytes == 0 {
+            return Ok(None);
+        }
+        uninitialised(&Shape::from(scratch.bytes), DType::U8, self.device()?).map(Some)
+    }
+
+    /// What each buffer is bound to.
+    fn bind<'t, P>(
+        &'t self,
+        ready: &Ready<P>,
+        outputs: &'t [Tensor],
+        scratch: Option<&'t Tensor>,
+    ) -> Result<Vec<Argument<'t>>> {
+        let whole = |tensor, writes| Argument { tensor, offset: offset(tensor), writes };
+        let mut inputs = self.inputs.iter().map(|&input| whole(input, false));
+        let mut outputs = outputs.iter().map(|output| whole(output, true));
+        let parts = scratch.into_iter().flat_map(|tensor| {
+            ready.scratch.offsets.iter().map(move |&offset| Argument { tensor, offset, writes: true })
+        });
+        let mut parts = parts.into_iter();
+        let argument = |buffer: &Buffer| {
+            let bound = match buffer.role {
+                Role::Input => inputs.next(),
+                Role::Output => outputs.next(),
+                Role::Scratch => parts.next(),
+            };
+            match bound {
+                Some(bound) => Ok(bound),
+                None => bail!("{} has no tensor", buffer.name),
+            }
+        };
+        ready.buffers.iter().map(argument).collect()
     }
 }
 

@@ -5,7 +5,6 @@
 //! to write, or declares to write one that such a launch bound. Every launch here therefore declares whatever is not a
 //! plan's input as written, read or not: a scratch buffer orders the launch that fills it before those that read it.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{MetalDevice, Result, Storage as TensorStorage, Tensor, bail};
@@ -20,8 +19,8 @@ use objc2_metal::{
     MTLMathMode, MTLSize,
 };
 
-use super::gpu::{Argument, Executor};
-use super::pipelines::Pipelines;
+use super::gpu::{Argument, Executor, Ready};
+use super::pipelines::{Compiler, Pipelines, Prepared};
 use crate::DeviceError;
 
 /// Compiles kernels for one Apple GPU, and keeps what it compiled.
@@ -29,9 +28,8 @@ use crate::DeviceError;
 /// Texts are in Metal Shading Language 3.1, whose `bfloat` needs macOS 14, and are compiled without fast math.
 pub struct MetalKernelCompiler {
     device: Device,
-    /// By text; a text may hold several kernels.
-    libraries: Mutex<HashMap<String, std::result::Result<Library, String>>>,
-    pipelines: Pipelines<ComputePipeline>,
+    pipelines: Pipelines<Library, ComputePipeline>,
+    prepared: Prepared<Ready<ComputePipeline>>,
 }
 
 impl MetalKernelCompiler {
@@ -43,8 +41,8 @@ impl MetalKernelCompiler {
     pub fn new(device: &MetalDevice) -> std::result::Result<Self, DeviceError> {
         let compiler = Self {
             device: device.metal_device().clone(),
-            libraries: Mutex::default(),
             pipelines: Pipelines::default(),
+            prepared: Prepared::default(),
         };
         compiler.named("rms_norm", Storage::BF16)?;
         Ok(compiler)
@@ -75,14 +73,26 @@ impl MetalKernelCompiler {
     /// # Errors
     /// [`DeviceError::Compilation`] with the compiler's log, [`DeviceError::Pipeline`] with the device's reason.
     pub fn pipeline(&self, launch: &Launch) -> std::result::Result<ComputePipeline, DeviceError> {
-        self.pipelines.get(launch, || self.compile(launch))
+        self.pipelines.get(launch, self)
+    }
+}
+
+impl Compiler for MetalKernelCompiler {
+    type Module = Library;
+    type Pipeline = ComputePipeline;
+
+    fn module(&self, launch: &Launch) -> std::result::Result<Library, DeviceError> {
+        self.device
+            .new_library_with_source(&launch.source(Target::Metal), Some(&options()))
+            .map_err(|error| DeviceError::Compilation { name: launch.kernel.to_owned(), log: reason(error) })
     }
 
-    fn compile(&self, launch: &Launch) -> std::result::Result<ComputePipeline, DeviceError> {
+    fn pipeline(
+        &self,
+        library: &Library,
+        launch: &Launch,
+    ) -> std::result::Result<ComputePipeline, DeviceError> {
         let name = || launch.kernel.to_owned();
-        let library = self
-            .library(launch.source(Target::Metal))
-            .map_err(|log| DeviceError::Compilation { name: name(), log })?;
         let function = library
             .get_function(launch.kernel, None)
             .map_err(|_| DeviceError::UnknownKernel { name: name() })?;
@@ -96,16 +106,6 @@ impl MetalKernelCompiler {
             return Err(DeviceError::Pipeline { name: name(), reason });
         }
         Ok(pipeline)
-    }
-
-    fn library(&self, text: String) -> std::result::Result<Library, String> {
-        let mut libraries = self.libraries.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = libraries.get(&text) {
-            return known.clone();
-        }
-        let compiled = self.device.new_library_with_source(&text, Some(&options())).map_err(reason);
-        libraries.insert(text, compiled.clone());
-        compiled
     }
 }
 
@@ -167,22 +167,29 @@ impl Executor for Metal<'_> {
         u32::try_from(pipeline.max_total_threads_per_threadgroup()).unwrap_or(u32::MAX)
     }
 
-    fn dispatch(&self, launch: &Launch, pipeline: &ComputePipeline, arguments: &[Argument]) -> Result<()> {
-        let buffers: Vec<Buffer> =
-            arguments.iter().map(|argument| buffer(argument.tensor)).collect::<Result<_>>()?;
-        // Whoever asks for another encoder, to allocate zeros or to copy, while this one is held, waits forever.
-        let guard = self.device.command_encoder()?;
-        let encoder = guard.as_ref();
-        encoder.set_compute_pipeline_state(pipeline);
-        for (index, (argument, buffer)) in arguments.iter().zip(&buffers).enumerate() {
-            if argument.writes {
-                encoder.set_output_buffer(index, Some(buffer), argument.offset);
-            } else {
-                encoder.set_input_buffer(index, Some(buffer), argument.offset);
+    fn prepared(&self) -> &Prepared<Ready<ComputePipeline>> {
+        &self.compiler.prepared
+    }
+
+    fn dispatch(&self, launches: &[(Launch, ComputePipeline)], buffers: &[Argument]) -> Result<()> {
+        let handles: Vec<Buffer> =
+            buffers.iter().map(|argument| buffer(argument.tensor)).collect::<Result<_>>()?;
+        for (launch, pipeline) in launches {
+            // Whoever asks for another encoder, to allocate zeros or to copy, while this one is held, waits forever.
+            let guard = self.device.command_encoder()?;
+            let encoder = guard.as_ref();
+            encoder.set_compute_pipeline_state(pipeline);
+            for (index, &bound) in launch.arguments.iter().enumerate() {
+                let (argument, buffer) = (&buffers[bound], Some(&handles[bound]));
+                if argument.writes {
+                    encoder.set_output_buffer(index, buffer, argument.offset);
+                } else {
+                    encoder.set_input_buffer(index, buffer, argument.offset);
+                }
             }
+            set_param(encoder, launch.arguments.len(), launch.params.as_slice());
+            encoder.dispatch_thread_groups(size(launch.threadgroups), size([launch.threads, 1, 1]));
         }
-        set_param(encoder, arguments.len(), launch.params.as_slice());
-        encoder.dispatch_thread_groups(size(launch.threadgroups), size([launch.threads, 1, 1]));
         Ok(())
     }
 }

@@ -16,13 +16,15 @@ pub(crate) mod gpu;
 mod metal;
 #[cfg(feature = "cuda")]
 mod nvrtc;
-#[cfg(any(test, all(target_os = "macos", feature = "custom-metal")))]
 mod pipelines;
 pub(crate) mod products;
 #[cfg(test)]
 mod simulated;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
+
+#[cfg(test)]
+pub(crate) use simulated::simulate;
 
 #[cfg(all(target_os = "macos", feature = "custom-metal"))]
 pub use metal::MetalKernelCompiler;
@@ -90,8 +92,6 @@ enum Needs {
     Candle,
     /// Kernels of its own.
     Kernels,
-    /// The processor: on a GPU it is composed of other operations.
-    Processor,
 }
 
 /// Every operation.
@@ -104,7 +104,7 @@ const OPS: [(&str, Needs); 13] = [
     ("gelu_mul", Needs::Kernels),
     ("cross_entropy", Needs::Kernels),
     ("linear_cross_entropy", Needs::Kernels),
-    ("attention", Needs::Processor),
+    ("attention", Needs::Kernels),
     ("lora_delta", Needs::Kernels),
     ("lora_linear", Needs::Kernels),
     ("frozen_linear", Needs::Candle),
@@ -125,9 +125,33 @@ pub fn fused_ops(kind: DeviceKind) -> impl Iterator<Item = &'static str> {
     let runs = move |needs| match needs {
         Needs::Candle => true,
         Needs::Kernels => has_kernels(kind),
-        Needs::Processor => kind == DeviceKind::Cpu,
     };
     OPS.iter().filter(move |&&(_, needs)| runs(needs)).map(|&(op, _)| op)
+}
+
+/// The most memory that tensors took on a device at once, in bytes, since the start or [`reset_peak_memory`]. `None` for
+/// the processor, whose memory the system counts, and where the device does not tell: Metal.
+///
+/// # Errors
+/// The driver does not answer.
+pub fn peak_memory(device: &Device) -> Result<Option<u64>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::peak_memory(device),
+        _ => Ok(None),
+    }
+}
+
+/// Makes [`peak_memory`] count anew, from what is allocated now.
+///
+/// # Errors
+/// The driver does not answer.
+pub fn reset_peak_memory(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::reset_peak_memory(device),
+        _ => Ok(()),
+    }
 }
 
 /// Why a fused operation did not run.

@@ -145,8 +145,8 @@ impl Kernel for Forward<'_> {
         let plans = plans(&logits, &targets, self.ignore_index)?;
         let shapes = [Shape::from(()), Shape::from((plans.rows, 2)), Shape::from(1)];
         let [loss, lse, one] = shapes.each_ref();
-        let mut outputs =
-            gpu::run(&[&logits, &targets], &[loss, lse, one, one], |tuning| plans.forward(tuning))?;
+        let recipe = gpu::kept(plans, Plans::forward);
+        let mut outputs = gpu::run(&[&logits, &targets], &[loss, lse, one, one], recipe)?;
         Ok([outputs.take()?, outputs.take()?, outputs.take()?])
     }
 }
@@ -174,6 +174,6 @@ impl Kernel for Gradient<'_> {
         let (logits, targets) = (gpu::contiguous(self.logits)?, gpu::contiguous(targets)?);
         let (plans, g) = (plans(&logits, &targets, *ignore_index)?, gpu::contiguous(self.g)?);
         let inputs = [&logits, &targets, lse, counted, &g];
-        Ok(gpu::run(&inputs, &[logits.shape()], |tuning| plans.backward(tuning))?.take()?)
+        Ok(gpu::run(&inputs, &[logits.shape()], gpu::kept(plans, Plans::backward))?.take()?)
     }
 }

@@ -63,7 +63,7 @@ impl Kernel for Forward<'_> {
         let (gate, up) = (gpu::contiguous(self.gate)?, gpu::contiguous(self.up)?);
         let (elements, storage) = (gate.elem_count(), gpu::storage(&gate)?);
         let plans = GatedMul { f: self.f, elements, storage };
-        Ok(gpu::run(&[&gate, &up], &[gate.shape()], |tuning| plans.forward(tuning))?.take()?)
+        Ok(gpu::run(&[&gate, &up], &[gate.shape()], gpu::kept(plans, GatedMul::forward))?.take()?)
     }
 }
 
@@ -91,7 +91,8 @@ impl Kernel for Gradients<'_> {
         let wanted = GatedGradients { gate: self.wanted[0], up: self.wanted[1] };
         let shapes: Vec<&Shape> =
             self.wanted.iter().filter(|wanted| **wanted).map(|_| gate.shape()).collect();
-        let mut outputs = gpu::run(&[&gate, &up, &g], &shapes, |tuning| plans.backward(wanted, tuning))?;
+        let recipe = gpu::kept((plans, wanted), |(plans, wanted), tuning| plans.backward(*wanted, tuning));
+        let mut outputs = gpu::run(&[&gate, &up, &g], &shapes, recipe)?;
         Ok([outputs.take_if(wanted.gate)?, outputs.take_if(wanted.up)?])
     }
 }

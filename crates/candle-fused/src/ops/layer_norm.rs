@@ -154,7 +154,7 @@ impl Kernel for Forward<'_> {
         let weight = self.weight.map(gpu::contiguous).transpose()?;
         let bias = self.bias.map(gpu::contiguous).transpose()?;
         let inputs: Vec<&Tensor> = [Some(&x), weight.as_ref(), bias.as_ref()].into_iter().flatten().collect();
-        Ok(gpu::run(&inputs, &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
+        Ok(gpu::run(&inputs, &[x.shape()], gpu::kept(plans, Plans::forward))?.take()?)
     }
 }
 
@@ -189,7 +189,8 @@ impl Kernel for Gradients<'_> {
         let shapes = [(wanted.x, x.shape()), (wanted.weight, &parameter), (wanted.bias, &parameter)];
         let shapes: Vec<&Shape> =
             shapes.into_iter().filter(|(wanted, _)| *wanted).map(|(_, shape)| shape).collect();
-        let mut outputs = gpu::run(&inputs, &shapes, |tuning| plans.backward(wanted, tuning))?;
+        let recipe = gpu::kept((plans, wanted), |(plans, wanted), tuning| plans.backward(*wanted, tuning));
+        let mut outputs = gpu::run(&inputs, &shapes, recipe)?;
         Ok([outputs.take_if(wanted.x)?, outputs.take_if(wanted.weight)?, outputs.take_if(wanted.bias)?])
     }
 }

@@ -119,14 +119,20 @@ pub(super) fn check_adapter(
     Ok(out)
 }
 
-/// `x [..., d]` as the matrix `[n, d]` of its rows.
+/// `x [..., d]` as the matrix `[n, d]` of its rows, contiguous.
 pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
+    if x.rank() == 2 && x.is_contiguous() {
+        return Ok(x.clone());
+    }
     let (n, d) = (x.dims().iter().rev().skip(1).product::<usize>(), x.dim(D::Minus1)?);
     x.reshape((n, d))
 }
 
 /// The rows `y [n, out]` in the shape `[..., out]` of an `x [..., in]`.
 fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if x.rank() == 2 {
+        return Ok(y.clone());
+    }
     let mut dims = x.dims().to_vec();
     if let Some(last) = dims.last_mut() {
         *last = y.dim(1)?;
@@ -136,7 +142,10 @@ fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
 
 /// `t` for a matrix product of Candle's: off the graph, and copied only if neither it nor its transpose is contiguous.
 fn operand(t: &Tensor) -> Result<Tensor> {
-    if t.t()?.is_contiguous() { Ok(t.detach()) } else { t.detach().contiguous() }
+    match (t.dims(), t.stride()) {
+        (&[rows, _], &[1, stride]) if stride == rows => Ok(t.detach()),
+        _ => t.detach().contiguous(),
+    }
 }
 
 /// `D(term) + base + bias` for matrices, rounded once to `dtype`.
@@ -365,9 +374,9 @@ impl Kernel for Forward<'_> {
         let mut outputs = match &call.weight {
             Some(weight) => {
                 let base = Base { left: x, right: &weight.t()?, bias }.gpu()?;
-                gpu::run_in_place(&[x, a, b, &base], &[&shape], |tuning| plans.forward(tuning))?
+                gpu::run_in_place(&[x, a, b, &base], &[&shape], gpu::kept(plans, Plans::forward))?
             }
-            None => gpu::run(&[x, a, b], &[&shape], |tuning| plans.forward(tuning))?,
+            None => gpu::run(&[x, a, b], &[&shape], gpu::kept(plans, Plans::forward))?,
         };
         Ok((outputs.take()?, None))
     }
@@ -512,7 +521,7 @@ impl Kernel for Gradients<'_> {
         let shapes = [(wanted.x, x.shape()), (wanted.a, &a_shape), (wanted.b, &b_shape)];
         let shapes: Vec<&Shape> =
             shapes.into_iter().filter(|(wanted, _)| *wanted).map(|(_, shape)| shape).collect();
-        let plan = |tuning| plans.backward(wanted, tuning);
+        let plan = gpu::kept((plans, wanted), |(plans, wanted), tuning| plans.backward(*wanted, tuning));
         let mut outputs = match call.weight.as_ref().filter(|_| wanted.x) {
             Some(weight) => {
                 let base = grad.matmul(&operand(weight)?)?;

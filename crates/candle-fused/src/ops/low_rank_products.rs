@@ -44,13 +44,13 @@ fn factor(mask: Option<&Mask>) -> f32 {
 /// `x`, masked where there is a dropout.
 fn masked(mask: Option<&Mask>, x: &Tensor) -> Attempt<Tensor> {
     let Some(Mask { plans, .. }) = mask else { return Ok(x.clone()) };
-    Ok(gpu::run(&[x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+    Ok(gpu::run(&[x], &[x.shape()], gpu::kept(*plans, Plans::mask))?.take()?)
 }
 
 /// As [`masked`], of a fresh tensor that nobody else has, in its place.
 fn masked_in_place(mask: Option<&Mask>, x: Tensor) -> Attempt<Tensor> {
     let Some(Mask { plans, .. }) = mask else { return Ok(x) };
-    Ok(gpu::run_in_place(&[&x], &[x.shape()], |tuning| plans.mask(tuning))?.take()?)
+    Ok(gpu::run_in_place(&[&x], &[x.shape()], gpu::kept(*plans, Plans::mask))?.take()?)
 }
 
 /// Where a product of `n` rows in this dtype goes: onto the bias in each of them, or into a tensor of its own.

@@ -110,7 +110,7 @@ impl Kernel for Forward<'_> {
         let plans = plans(self.x, self.weight, self.eps)?;
         let (x, weight) = (gpu::contiguous(self.x)?, self.weight.map(gpu::contiguous).transpose()?);
         let inputs: Vec<&Tensor> = [Some(&x), weight.as_ref()].into_iter().flatten().collect();
-        Ok(gpu::run(&inputs, &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
+        Ok(gpu::run(&inputs, &[x.shape()], gpu::kept(plans, Plans::forward))?.take()?)
     }
 }
 
@@ -144,7 +144,8 @@ impl Kernel for Gradients<'_> {
         let shapes =
             [wanted.x.then(|| x.shape()), weight.as_ref().filter(|_| wanted.weight).map(Tensor::shape)];
         let shapes: Vec<&Shape> = shapes.into_iter().flatten().collect();
-        let mut outputs = gpu::run(&inputs, &shapes, |tuning| plans.backward(wanted, tuning))?;
+        let recipe = gpu::kept((plans, wanted), |(plans, wanted), tuning| plans.backward(*wanted, tuning));
+        let mut outputs = gpu::run(&inputs, &shapes, recipe)?;
         Ok([outputs.take_if(wanted.x)?, outputs.take_if(wanted.weight)?])
     }
 }

@@ -170,7 +170,13 @@ impl Kernel for Rotation<'_> {
             storage: gpu::storage(&x)?,
             table: gpu::storage(&cos)?,
         };
-        let plan = |tuning| if self.back { plans.backward(tuning) } else { plans.forward(tuning) };
-        Ok(gpu::run(&[&x, &cos, &sin], &[x.shape()], plan)?.take()?)
+        let recipe =
+            gpu::kept(
+                (plans, self.back),
+                |&(plans, back), tuning| {
+                    if back { plans.backward(tuning) } else { plans.forward(tuning) }
+                },
+            );
+        Ok(gpu::run(&[&x, &cos, &sin], &[x.shape()], recipe)?.take()?)
     }
 }

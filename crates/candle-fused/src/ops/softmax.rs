@@ -139,14 +139,14 @@ impl Kernel for Forward<'_> {
 
     fn gpu(&self) -> Attempt<Tensor> {
         let (plans, x) = (plans(self.x, self.options)?, gpu::contiguous(self.x)?);
-        Ok(gpu::run(&[&x], &[x.shape()], |tuning| plans.forward(tuning))?.take()?)
+        Ok(gpu::run(&[&x], &[x.shape()], gpu::kept(plans, Plans::forward))?.take()?)
     }
 }
 
-struct Gradient<'a> {
-    y: &'a Tensor,
-    g: &'a Tensor,
-    options: SoftmaxOptions,
+pub(super) struct Gradient<'a> {
+    pub(super) y: &'a Tensor,
+    pub(super) g: &'a Tensor,
+    pub(super) options: SoftmaxOptions,
 }
 
 impl Kernel for Gradient<'_> {
@@ -160,6 +160,6 @@ impl Kernel for Gradient<'_> {
     fn gpu(&self) -> Attempt<Tensor> {
         let (plans, y, g) =
             (plans(self.y, self.options)?, gpu::contiguous(self.y)?, gpu::contiguous(self.g)?);
-        Ok(gpu::run(&[&y, &g], &[y.shape()], |tuning| plans.backward(tuning))?.take()?)
+        Ok(gpu::run(&[&y, &g], &[y.shape()], gpu::kept(plans, Plans::backward))?.take()?)
     }
 }

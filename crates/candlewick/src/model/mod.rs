@@ -62,6 +62,17 @@ pub fn load_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device) ->
     Ok(decoder)
 }
 
+/// A model of this folder's `config.json` with frozen parameters that are drawn as [`RandomWeights`] does, whatever weights
+/// the folder has: for what does not depend on them, such as the speed and memory of a step.
+///
+/// # Errors
+/// As [`load_config`].
+pub fn draw_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device, seed: u64) -> Result<Decoder> {
+    let config = load_config(files)?;
+    let mut source = RandomWeights::new(&config, seed, dtype.unwrap_or(DType::F32), device);
+    Decoder::build(config, &mut source)
+}
+
 /// Reads a model whose parameters are all trainable, or draws them as [`RandomWeights`] does where the folder has no
 /// weights.
 ///

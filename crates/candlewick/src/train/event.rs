@@ -60,7 +60,7 @@ pub struct TrainReport {
     pub tokens_per_second: f64,
     /// Counted tokens since step 0.
     pub trained_tokens: u64,
-    /// The process's peak memory in bytes, where known.
+    /// The peak memory in bytes, where known: on a GPU, of its tensors; else of the process.
     pub peak_memory: Option<u64>,
 }
 
@@ -98,6 +98,8 @@ pub struct Summary {
     pub first_validation: Option<f64>,
     /// The latest validation loss.
     pub last_validation: Option<f64>,
+    /// As in the reports.
+    pub peak_memory: Option<u64>,
     /// The newest checkpoint, if there is one.
     pub checkpoint: Option<PathBuf>,
 }

@@ -2,7 +2,7 @@
 
 #![expect(clippy::cast_precision_loss, reason = "token counts are far below 2^53")]
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Shape, Tensor};
 
 use super::{Batch, Parameter, Pass, Trainable};
 use crate::{Error, Result};
@@ -11,9 +11,37 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct Gradients {
     tensors: Vec<Option<Tensor>>,
+    /// On a GPU, where what is done to each costs a launch: all of them end to end, and `tensors` are its parts. Only if
+    /// none is absent.
+    joined: Option<Tensor>,
 }
 
 impl Gradients {
+    fn new(tensors: Vec<Option<Tensor>>) -> Result<Self> {
+        let all: Option<Vec<&Tensor>> = tensors.iter().map(Option::as_ref).collect();
+        match all {
+            Some(all) if all.len() > 1 && all.iter().all(|tensor| !tensor.device().is_cpu()) => {
+                let joined = join(all)?;
+                let mut parts = Parts::of(&joined);
+                let part = |tensor: &Option<Tensor>| {
+                    tensor.as_ref().map(|tensor| parts.next(tensor.shape())).transpose()
+                };
+                Ok(Self { tensors: tensors.iter().map(part).collect::<Result<_>>()?, joined: Some(joined) })
+            }
+            _ => Ok(Self { tensors, joined: None }),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) const fn of(tensors: Vec<Option<Tensor>>) -> Self {
+        Self { tensors, joined: None }
+    }
+
+    /// All of them end to end, where they are kept so.
+    pub(super) fn joined(&self) -> Option<&Tensor> {
+        self.joined.as_ref()
+    }
+
     /// `None` where no micro-batch gave a gradient.
     #[must_use]
     pub fn tensors(&self) -> &[Option<Tensor>] {
@@ -29,11 +57,42 @@ impl Gradients {
     pub fn clip(&mut self, norms: &[Option<f64>], limit: f64) -> Result<()> {
         let scale = limit / (total_norm(norms) + 1e-6);
         if scale < 1.0 {
+            let joined = self.joined.as_ref().map(|joined| joined.affine(scale, 0.0)).transpose()?;
+            let mut parts = joined.as_ref().map(Parts::of);
             for tensor in self.tensors.iter_mut().flatten() {
-                *tensor = tensor.affine(scale, 0.0)?;
+                *tensor = match &mut parts {
+                    Some(parts) => parts.next(tensor.shape())?,
+                    None => tensor.affine(scale, 0.0)?,
+                };
             }
+            self.joined = joined;
         }
         Ok(())
+    }
+}
+
+/// Tensors end to end.
+pub(super) fn join(tensors: impl IntoIterator<Item = impl AsRef<Tensor>>) -> Result<Tensor> {
+    let flat = tensors.into_iter().map(|tensor| tensor.as_ref().flatten_all());
+    Ok(Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+}
+
+/// The tensors that were joined, one after the other, as views.
+pub(super) struct Parts<'a> {
+    joined: &'a Tensor,
+    taken: usize,
+}
+
+impl<'a> Parts<'a> {
+    pub(super) fn of(joined: &'a Tensor) -> Self {
+        Self { joined, taken: 0 }
+    }
+
+    /// The next one, which has this shape.
+    pub(super) fn next(&mut self, shape: &Shape) -> Result<Tensor> {
+        let part = self.joined.narrow(0, self.taken, shape.elem_count())?.reshape(shape)?;
+        self.taken += shape.elem_count();
+        Ok(part)
     }
 }
 
@@ -93,12 +152,13 @@ pub fn accumulate(
     for (index, batch) in batches.iter().enumerate().filter(|(_, batch)| batch.tokens > 0) {
         let weight = batch.tokens as f64 / total as f64;
         let loss = model.loss(batch, Pass::Train { seed: seeds(index) })?;
+        let mut store = candle_fused::backward(&loss, weight)?;
+        // A GPU is asked for the loss only when the backward is queued behind it.
         let value = f64::from(loss.to_scalar::<f32>()?);
         if !value.is_finite() {
             return Err(Error::NonFinite { step, what: blame_loss(parameters)? });
         }
         sum += weight * value;
-        let mut store = candle_fused::backward(&loss, weight)?;
         for (parameter, slot) in parameters.iter().zip(&mut tensors) {
             let Some(gradient) = store.remove(parameter.var.as_tensor()) else {
                 continue;
@@ -110,7 +170,7 @@ pub fn accumulate(
             });
         }
     }
-    Ok((sum, Gradients { tensors }))
+    Ok((sum, Gradients::new(tensors)?))
 }
 
 /// A loss can be spoiled by the data's numbers or by a parameter that an earlier update spoiled: say which.
@@ -159,7 +219,8 @@ mod tests {
     #[test]
     fn clipping_scales_all_gradients_together() {
         let tensor = |values: &[f32]| Some(Tensor::new(values, &Device::Cpu).unwrap());
-        let mut gradients = Gradients { tensors: vec![tensor(&[3.0, 0.0]), None, tensor(&[4.0])] };
+        let tensors = vec![tensor(&[3.0, 0.0]), None, tensor(&[4.0])];
+        let mut gradients = Gradients::of(tensors);
         let norms = gradients.norms().unwrap();
         assert!((total_norm(&norms) - 5.0).abs() < 1e-12);
         gradients.clip(&norms, 10.0).unwrap();
@@ -168,5 +229,27 @@ mod tests {
         let clipped = gradients.norms().unwrap();
         assert!((total_norm(&clipped) - 1.0).abs() < 1e-6);
         assert!((clipped[0].unwrap() - 0.6).abs() < 1e-6);
+    }
+
+    /// Kept end to end, as on a GPU, they are what they are apart.
+    #[test]
+    fn joined_gradients_are_clipped_as_others() {
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let tensors = [tensor(&[3.0, 0.0, 1.0, 2.0]).reshape((2, 2)).unwrap(), tensor(&[4.0])];
+        let joined = join(&tensors).unwrap();
+        let mut parts = Parts::of(&joined);
+        let views = tensors.each_ref().map(|tensor| Some(parts.next(tensor.shape()).unwrap()));
+        let mut kept = Gradients { tensors: views.into(), joined: Some(joined.clone()) };
+        let mut apart = Gradients::of(tensors.map(Some).into());
+        let norms = apart.norms().unwrap();
+        assert_eq!(kept.norms().unwrap(), norms);
+        kept.clip(&norms, 1.0).unwrap();
+        apart.clip(&norms, 1.0).unwrap();
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for (kept, apart) in kept.tensors().iter().flatten().zip(apart.tensors().iter().flatten()) {
+            assert_eq!((kept.dims(), values(kept)), (apart.dims(), values(apart)));
+        }
+        let apart = join(apart.tensors().iter().flatten()).unwrap();
+        assert_eq!(values(kept.joined().unwrap()), values(&apart));
     }
 }

@@ -1,4 +1,13 @@
-//! How much memory the process has used.
+//! How much memory training has used.
+
+use candle_core::Device;
+
+use crate::Result;
+
+/// The most memory at any moment, in bytes: on a GPU, of its tensors; else of the process. `None` where nobody tells.
+pub fn peak_memory(device: &Device) -> Result<Option<u64>> {
+    if device.is_cpu() { Ok(peak_resident_bytes()) } else { Ok(candle_fused::peak_memory(device)?) }
+}
 
 /// The most memory that was resident at any moment, in bytes; `None` where the system does not tell.
 #[must_use]

@@ -27,7 +27,7 @@ use crate::Result;
 pub use config::TrainConfig;
 pub use event::{Evaluation, Event, Summary, TrainReport};
 pub use gradients::{Gradients, accumulate};
-pub use memory::peak_resident_bytes;
+pub use memory::{peak_memory, peak_resident_bytes};
 pub use optimizer::{Optimizer, OptimizerConfig, OptimizerKind};
 pub use schedule::{Schedule, ScheduleKind};
 pub use trainer::{Job, Start, evaluate, train};

@@ -14,7 +14,7 @@ use super::checkpoint::{Checkpoints, Exact, Progress, State};
 use super::gradients::{accumulate, non_finite};
 use super::{
     Artifacts, Batch, Evaluation, Event, Optimizer, Parameter, Pass, Summary, TrainConfig, TrainReport,
-    Trainable, peak_resident_bytes,
+    Trainable, peak_memory,
 };
 use crate::data::{Batches, Dataset, in_order};
 use crate::{Error, Result};
@@ -80,7 +80,7 @@ pub fn train(
         }
         run.step(on_event)?;
         if run.report_due() {
-            on_event(Event::Report(run.report()));
+            on_event(Event::Report(run.report()?));
         }
     };
     if run.progress.step > 0 {
@@ -89,7 +89,7 @@ pub fn train(
         }
         job.artifacts.save(job.folder)?;
     }
-    Ok(run.summary(stopped))
+    run.summary(stopped)
 }
 
 /// The mean loss per token over the first `limit` batches of a data set, or over all of it. `None` when `stop` was
@@ -257,20 +257,20 @@ impl<'a> Run<'a> {
             || self.progress.step == self.config.iters
     }
 
-    fn report(&mut self) -> TrainReport {
+    fn report(&mut self) -> Result<TrainReport> {
         let Progress { step, trained_tokens, window_loss, window_tokens, .. } = self.progress;
         let window = std::mem::take(&mut self.window);
         self.progress.window_loss = Exact::default();
         self.progress.window_tokens = 0;
-        TrainReport {
+        Ok(TrainReport {
             iter: step,
             loss: window_loss.0 / window_tokens as f64,
             learning_rate: self.config.schedule.at(step.saturating_sub(1)),
             iterations_per_second: window.per_second(window.steps),
             tokens_per_second: window.per_second(window.tokens),
             trained_tokens,
-            peak_memory: peak_resident_bytes(),
-        }
+            peak_memory: peak_memory(&self.device)?,
+        })
     }
 
     fn validation_due(&self) -> bool {
@@ -324,16 +324,17 @@ impl<'a> Run<'a> {
         Ok(Event::Saved { iter: step, path })
     }
 
-    fn summary(&self, stopped: bool) -> Summary {
-        Summary {
+    fn summary(&self, stopped: bool) -> Result<Summary> {
+        Ok(Summary {
             steps: self.progress.step,
             stopped,
             trained_tokens: self.progress.trained_tokens,
             tokens_per_second: self.total.per_second(self.total.tokens),
             first_validation: self.progress.first_validation.map(|loss| loss.0),
             last_validation: self.progress.last_validation.map(|loss| loss.0),
+            peak_memory: peak_memory(&self.device)?,
             checkpoint: self.saved.map(|step| self.checkpoints.path(step)),
-        }
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 
+use candlewick_kernels::PlanError;
 use candlewick_kernels::lora::{FactorStrides, Lora, LoraGradients};
 use candlewick_kernels::ops;
 use candlewick_kernels::rms_norm::{RmsNorm, RmsNormGradients};
@@ -17,6 +18,7 @@ struct Recorder {
     refused: Option<&'static str>,
     asked: RefCell<Vec<(&'static str, u32)>>,
     dispatched: RefCell<Vec<Dispatched>>,
+    prepared: Prepared<Ready<(&'static str, u32)>>,
 }
 
 struct Dispatched {
@@ -49,15 +51,21 @@ impl Executor for Recorder {
         pipeline.1
     }
 
-    fn dispatch(&self, launch: &Launch, pipeline: &Self::Pipeline, arguments: &[Argument]) -> Result<()> {
-        assert_eq!(pipeline.0, launch.kernel, "another kernel's pipeline");
-        assert!(launch.threads <= pipeline.1);
-        let bound = arguments.iter().map(|argument| Bound {
-            storage: storage_address(argument.tensor),
-            offset: argument.offset,
-            writes: argument.writes,
-        });
-        self.dispatched.borrow_mut().push(Dispatched { launch: launch.clone(), bound: bound.collect() });
+    fn prepared(&self) -> &Prepared<Ready<Self::Pipeline>> {
+        &self.prepared
+    }
+
+    fn dispatch(&self, launches: &[(Launch, Self::Pipeline)], buffers: &[Argument]) -> Result<()> {
+        for (launch, pipeline) in launches {
+            assert_eq!(pipeline.0, launch.kernel, "another kernel's pipeline");
+            assert!(launch.threads <= pipeline.1);
+            let bound = launch.arguments.iter().map(|&index| &buffers[index]).map(|argument| Bound {
+                storage: storage_address(argument.tensor),
+                offset: argument.offset,
+                writes: argument.writes,
+            });
+            self.dispatched.borrow_mut().push(Dispatched { launch: launch.clone(), bound: bound.collect() });
+        }
         Ok(())
     }
 }
@@ -74,6 +82,7 @@ fn storage_address(tensor: &Tensor) -> usize {
         Storage::Cpu(CpuStorage::BF16(values)) => values.as_ptr().addr(),
         Storage::Cpu(CpuStorage::I64(values)) => values.as_ptr().addr(),
         Storage::Cpu(CpuStorage::U32(values)) => values.as_ptr().addr(),
+        Storage::Cpu(CpuStorage::U8(values)) => values.as_ptr().addr(),
         _ => unreachable!("a storage of the kernels"),
     }
 }
@@ -84,15 +93,16 @@ fn tensor(shape: impl Into<Shape>, dtype: DType) -> Tensor {
 
 type Planned = std::result::Result<Plan, PlanError>;
 
+#[expect(clippy::needless_pass_by_value, reason = "as closures are passed")]
 fn record(
     recorder: &Recorder,
     inputs: &[&Tensor],
     in_place: bool,
     shapes: &[&Shape],
-    plan: impl Fn(Tuning) -> Planned,
+    recipe: impl Recipe,
 ) -> Attempt<Vec<Tensor>> {
     let replaced = inputs.last().copied().filter(|_| in_place);
-    Work { inputs, replaced, shapes, plan: &plan }.on(recorder).map(|outputs| outputs.0.collect())
+    Work { inputs, replaced, shapes, recipe: &recipe }.on(recorder).map(|outputs| outputs.0.collect())
 }
 
 const NORM: RmsNorm = RmsNorm { rows: 300, columns: 1024, storage: Storage::F32, weight: true, eps: 1e-6 };
@@ -160,7 +170,7 @@ fn a_view_is_bound_at_its_offset_which_decides_the_width() {
         let op = RmsNorm { rows: 6, columns: 5, storage, weight: false, eps: 0.0 };
         let x = tensor((16, 5), dtype).narrow(0, rows, 6).unwrap();
         let recorder = Recorder::default();
-        let outputs = record(&recorder, &[&x], false, &[x.shape()], |tuning| {
+        let outputs = record(&recorder, &[&x], false, &[x.shape()], |tuning: Tuning| {
             assert_eq!(tuning.aligned, aligned, "{dtype:?} from row {rows}");
             op.forward(tuning)
         });
@@ -401,11 +411,12 @@ fn launches_that_share_a_written_buffer_are_in_order_on_a_concurrent_encoder() {
         let (mut hazards, mut barriers, mut written) = (Hazards::default(), 0, Vec::new());
         for (dispatched, launch) in recorder.dispatched.take().iter().zip(&plan.launches) {
             barriers += u32::from(hazards.barrier(&dispatched.bound));
+            let earlier = written.len();
             for (&buffer, bound) in launch.arguments.iter().zip(&dispatched.bound) {
                 if plan.buffers[buffer].role == Role::Input {
                     continue;
                 }
-                for &(storage, before, kernel) in &written {
+                for &(storage, before, kernel) in &written[..earlier] {
                     if storage == bound.storage {
                         assert!(before < barriers, "{} and {kernel} overlap", launch.kernel);
                         ordered += 1;
@@ -416,4 +427,77 @@ fn launches_that_share_a_written_buffer_are_in_order_on_a_concurrent_encoder() {
         }
     }
     assert!(ordered > 0);
+}
+
+#[test]
+fn a_kept_plan_is_made_once_and_bound_to_what_each_call_has() {
+    let recorder = Recorder::default();
+    let run = |x: &Tensor, eps: f32| {
+        let op = RmsNorm { rows: 6, columns: 8, weight: false, eps, ..NORM };
+        let y = record(&recorder, &[x], false, &[x.shape()], kept(op, RmsNorm::forward)).unwrap();
+        let [dispatched] = recorder.dispatched.take().try_into().ok().unwrap();
+        let words = dispatched.launch.params.as_chunks::<4>().0;
+        assert_eq!(words[3], eps.to_le_bytes());
+        let bound = |tensor, offset, writes| Bound { storage: storage_address(tensor), offset, writes };
+        let offset = x.layout().start_offset() * 4;
+        assert_eq!(dispatched.bound[1..], [bound(x, offset, false), bound(&y[0], 0, true)]);
+        (recorder.asked.take().len(), dispatched.launch.defines)
+    };
+    let (x, rows) = (tensor((6, 8), DType::F32), tensor((9, 8), DType::F32).narrow(0, 1, 6).unwrap());
+    let odd = tensor(6 * 8 + 1, DType::F32).narrow(0, 1, 48).unwrap().reshape((6, 8)).unwrap();
+    let [(1, wide), (1, _), (1, narrow)] = [run(&x, 1e-6), run(&x, 1e-5), run(&odd, 1e-6)] else {
+        panic!("each was prepared")
+    };
+    assert_ne!(wide, narrow);
+    for (x, defines) in [(&x, &wide), (&rows, &wide), (&odd, &narrow), (&x, &wide)] {
+        assert_eq!(run(x, 1e-6), (0, defines.clone()));
+    }
+    // What is kept is checked as what is made.
+    let half = x.to_dtype(DType::F16).unwrap();
+    let op = RmsNorm { rows: 6, columns: 8, weight: false, eps: 1e-6, ..NORM };
+    let attempt = record(&recorder, &[&half], false, &[half.shape()], kept(op, RmsNorm::forward));
+    assert_eq!(message(attempt), "x must hold 48 elements of f32, got 48 of f16");
+}
+
+#[test]
+fn scratch_is_one_allocation_of_parts_that_do_not_overlap() {
+    let op = Lora {
+        rows: 33,
+        inputs: 40,
+        outputs: 24,
+        rank: 4,
+        storage: Storage::F32,
+        adapter: Storage::F32,
+        a: FactorStrides::rank_major(40),
+        b: FactorStrides::column_major(4),
+        scaling: 2.0,
+        dropout: None,
+        base: false,
+    };
+    let wanted = LoraGradients { x: true, a: true, b: true };
+    let plan = op.backward(wanted, Tuning::default()).unwrap();
+    let tensors = plan.with_role(Role::Input).map(|(_, buffer)| tensor(buffer.len, dtype(buffer.element)));
+    let (tensors, shapes): (Vec<Tensor>, Vec<Shape>) = (
+        tensors.collect(),
+        plan.with_role(Role::Output).map(|(_, buffer)| Shape::from(buffer.len)).collect(),
+    );
+    let recorder = Recorder::default();
+    let (inputs, shapes): (Vec<_>, Vec<_>) = (tensors.iter().collect(), shapes.iter().collect());
+    record(&recorder, &inputs, false, &shapes, |tuning| op.backward(wanted, tuning)).unwrap();
+    let mut parts: Vec<(usize, usize, usize)> = Vec::new();
+    for (dispatched, launch) in recorder.dispatched.take().iter().zip(&plan.launches) {
+        for (bound, &index) in dispatched.bound.iter().zip(&launch.arguments) {
+            if plan.buffers[index].role == Role::Scratch {
+                assert!(bound.writes && bound.offset.is_multiple_of(SCRATCH_ALIGNMENT));
+                parts.push((bound.storage, bound.offset, plan.buffers[index].bytes()));
+            }
+        }
+    }
+    parts.sort_unstable();
+    parts.dedup();
+    assert_eq!(parts.len(), plan.with_role(Role::Scratch).count());
+    assert!(parts.len() > 2);
+    for pair in parts.windows(2) {
+        assert!(pair[0].0 == pair[1].0 && pair[0].1 + pair[0].2 <= pair[1].1, "{pair:?}");
+    }
 }

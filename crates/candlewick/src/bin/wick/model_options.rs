@@ -25,7 +25,7 @@ pub struct ModelOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// f32 for the embedded base, otherwise as the files have it
+    /// f32 for the embedded base and for random weights, otherwise as the files have it
     Auto,
     F32,
     F16,
@@ -88,6 +88,15 @@ impl ModelOptions {
             }
             Place::Cpu | Place::Auto => Ok(Device::Cpu),
         }
+    }
+
+    /// The model's shape with random weights, frozen. Where the folder has no tokenizer, the embedded base's serves.
+    pub fn draw(&self, seed: u64) -> Result<Opened> {
+        let files = self.files();
+        let words = if files.has("tokenizer.json") { &files } else { &embedded::BASE };
+        let tokenizer = model::load_tokenizer(words, &model::load_config(&files)?)?;
+        let decoder = model::draw_frozen(&files, self.dtype(), &self.device()?, seed)?;
+        Ok(Opened { decoder, tokenizer })
     }
 
     /// Loads the model with its weights frozen, and the adapter if one is named.

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 
-use candlewick::train::{Event, Summary, TrainReport, peak_resident_bytes};
+use candlewick::train::{Event, Summary, TrainReport};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Prints events.
@@ -99,7 +99,7 @@ impl Progress {
             summary.steps,
             grouped(summary.trained_tokens),
             summary.tokens_per_second,
-            gigabytes(peak_resident_bytes())
+            gigabytes(summary.peak_memory)
         );
     }
 }

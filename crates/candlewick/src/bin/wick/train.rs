@@ -44,6 +44,9 @@ const EMBEDDED_PROMPT: &str = "Beef and onion stew with thyme, for six.";
 pub struct Options {
     #[command(flatten)]
     model: ModelOptions,
+    /// Draw the model's weights instead of reading them, to measure speed and memory: its folder needs config.json alone
+    #[arg(long)]
+    random_weights: bool,
     /// A folder with train.jsonl and, for validation, valid.jsonl [default: the data that wick carries]
     #[arg(long, value_name = "FOLDER")]
     data: Option<PathBuf>,
@@ -86,12 +89,16 @@ pub struct Options {
 
 pub fn run(options: &Options) -> Outcome {
     let is_embedded = options.model.model.is_none() && options.data.is_none();
-    if options.model.model.is_some() && options.data.is_none() {
+    if options.model.model.is_some() && options.data.is_none() && !options.random_weights {
         return Err(Error::Config("--model needs --data: a folder with train.jsonl".to_owned()));
     }
     let defaults = if is_embedded { &EMBEDDED } else { &DEFAULTS };
     let config = options.training.train_config(defaults)?;
-    let mut opened = options.model.open(None)?;
+    let mut opened = if options.random_weights {
+        options.model.draw(options.training.seed)?
+    } else {
+        options.model.open(None)?
+    };
     let shape = opened.decoder.config();
     let encode = EncodeOptions {
         eos: shape.eos_token_ids.first().copied(),
@@ -109,7 +116,7 @@ pub fn run(options: &Options) -> Outcome {
     training::tell_truncation(&train);
 
     let (lora, parameters) = options.adapter(&mut opened.decoder)?;
-    let settings = settings(&options.model, &lora);
+    let settings = settings(options, &lora);
     let artifacts = AdapterArtifacts { config: lora, parameters: parameters.clone() };
     let model = FineTune::new(opened.decoder, parameters);
     let job = Job {
@@ -162,10 +169,11 @@ impl Options {
 }
 
 /// What a resumed run must have the same, by the flags' names.
-fn settings(model: &ModelOptions, lora: &LoraConfig) -> Vec<(String, String)> {
+fn settings(options: &Options, lora: &LoraConfig) -> Vec<(String, String)> {
+    let model = &options.model;
     let targets = lora.target_modules.as_ref().and_then(|modules| serde_json::to_string(modules).ok());
     [
-        ("model", model.name()),
+        ("model", if options.random_weights { format!("{} (random)", model.name()) } else { model.name() }),
         ("dtype", format!("{:?}", model.dtype)),
         ("rank", lora.r.to_string()),
         ("alpha", lora.lora_alpha.to_string()),
