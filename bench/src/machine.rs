@@ -76,9 +76,17 @@ impl Work {
         // Linux counts in hundredths of a second.
         let seconds = |field: &str| field.parse::<f64>().ok().map(|ticks| ticks / 100.0);
         let stat = read_to_string("/proc/stat").ok()?;
-        let fields: Vec<f64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(seconds).collect();
-        // user, nice, system, idle, iowait, irq, softirq, steal: all but the two in which nobody worked.
-        let all = fields.iter().take(8).sum::<f64>() - fields.get(3)? - fields.get(4)?;
+        let allowed = allowed_processors()?;
+        let mut all = 0.0;
+        for line in stat.lines() {
+            let mut fields = line.split_whitespace();
+            let number = fields.next().and_then(|name| name.strip_prefix("cpu")?.parse::<usize>().ok());
+            if number.is_some_and(|number| allowed.iter().any(|range| range.contains(&number))) {
+                let fields: Vec<f64> = fields.filter_map(seconds).collect();
+                // user, nice, system, idle, iowait, irq, softirq, steal: all but the two in which nobody worked.
+                all += fields.iter().take(8).sum::<f64>() - fields.get(3)? - fields.get(4)?;
+            }
+        }
         let mut own = 0.0;
         for process in processes {
             let stat = read_to_string(format!("/proc/{process}/stat")).ok()?;
@@ -92,6 +100,17 @@ impl Work {
     pub fn others(self, later: Self, wall: f64) -> f64 {
         ((later.all - self.all) - (later.own - self.own)) / wall
     }
+}
+
+/// The numbers of the processors that this process may run on: all, or what `taskset` left.
+fn allowed_processors() -> Option<Vec<std::ops::RangeInclusive<usize>>> {
+    let status = read_to_string("/proc/self/status").ok()?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    };
+    list.trim().split(',').map(range).collect()
 }
 
 /// Bytes of the last cache of the first core.
