@@ -69,17 +69,19 @@ DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* 
 #endif
 
 DEVFN void load_packed_row(THREAD const Team& team, DEVICE const T* row, THREAD PackedChunk* packed, uint columns) {
-    if (LOOPED) return;
-    for (uint k = 0u; k < PACKED_ITEMS; k++) {
-        const uint column = chunk_column(team, k);
-        if (column < columns) packed[k] = load_packed(row + column);
+    if (!LOOPED) {
+        for (uint k = 0u; k < PACKED_ITEMS; k++) {
+            const uint column = chunk_column(team, k);
+            if (column < columns) packed[k] = load_packed(row + column);
+        }
     }
 }
 
 DEVFN void unpack_row(THREAD const Team& team, THREAD const PackedChunk* packed, THREAD float* values, uint columns) {
-    if (LOOPED) return;
-    for (uint k = 0u; k < PACKED_ITEMS; k++) {
-        if (chunk_column(team, k) < columns) unpack_chunk(packed[k], values + held_at(k));
+    if (!LOOPED) {
+        for (uint k = 0u; k < PACKED_ITEMS; k++) {
+            if (chunk_column(team, k) < columns) unpack_chunk(packed[k], values + held_at(k));
+        }
     }
 }
 
