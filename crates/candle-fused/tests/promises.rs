@@ -8,7 +8,8 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused::{
     CustomMetalOps, Dropout, LoraLayout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions, TrainingError,
-    cross_entropy, frozen_linear, layer_norm, lora_delta, lora_linear, rms_norm, rope, silu_mul, softmax,
+    cross_entropy, frozen_linear, layer_norm, lora_delta, lora_linear, ops, rms_norm, rope, silu_mul,
+    softmax,
 };
 use common::{devices, values, with_less_instructions};
 
@@ -178,6 +179,64 @@ fn constants_get_no_gradient() {
             assert!(gradients.get(&x).is_some());
             for constant in [&weight, &bias, &table] {
                 assert!(gradients.get(constant).is_none());
+            }
+        }
+    }
+}
+
+/// Few ranks and many go different ways on a processor, and so does a factor that learns alone.
+#[test]
+fn lora_learns_as_its_reference_at_every_rank() {
+    let rows = |y: &Tensor| y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let close = |what: &str, fused: &Tensor, reference: &Tensor| {
+        let (fused, reference) = (rows(fused), rows(reference));
+        let greatest = reference.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (fused, reference) in fused.iter().zip(&reference) {
+            assert!((fused - reference).abs() <= 1e-4 * greatest, "{what}: {fused}, {reference}");
+        }
+    };
+    for device in devices() {
+        let (weight, grad) = (tensor(&[21, 50], 4, &device), tensor(&[30, 21], 5, &device));
+        for rank in [7, 32, 33, 40] {
+            let vars = [(&[30, 50][..], 1), (&[rank, 50], 2), (&[21, rank], 3)]
+                .map(|(dims, seed)| var(dims, seed, &device));
+            for dropout in [None, Some(Dropout { p: 0.3, seed: 7 })] {
+                let options = LoraLinearOptions { scaling: 0.5, dropout };
+                for tracked in 1..8 {
+                    let args: Vec<Tensor> = (vars.iter().enumerate())
+                        .map(|(i, var)| {
+                            if tracked >> i & 1 == 1 {
+                                var.as_tensor().clone()
+                            } else {
+                                var.as_detached_tensor()
+                            }
+                        })
+                        .collect();
+                    let [x, a, b] = &args[..] else { panic!("three") };
+                    let pairs = [
+                        (
+                            lora_linear(x, &weight, None, a, b, options),
+                            ops::lora_linear::reference(x, &weight, None, a, b, options),
+                        ),
+                        (
+                            lora_delta(x, a, b, 0.5, LoraLayout::Peft),
+                            ops::lora_delta::reference(x, a, b, 0.5, LoraLayout::Peft),
+                        ),
+                    ];
+                    for (op, (fused, reference)) in pairs.into_iter().enumerate() {
+                        let what = format!("op {op}, rank {rank}, {dropout:?}, tracked {tracked:03b}");
+                        let (fused, reference) = (fused.unwrap(), reference.unwrap());
+                        close(&what, &fused, &reference);
+                        let [fused, reference] = [fused, reference]
+                            .map(|y| (y * &grad).unwrap().sum_all().unwrap().backward().unwrap());
+                        for (i, var) in vars.iter().enumerate().filter(|(i, _)| tracked >> i & 1 == 1) {
+                            let [Some(fused), Some(reference)] = [fused.get(var), reference.get(var)] else {
+                                panic!("{what}: no gradient of {i}")
+                            };
+                            close(&format!("{what}, of {i}"), fused, reference);
+                        }
+                    }
+                }
             }
         }
     }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use super::cpu::{STREAM, spread};
 use crate::cpu::dispatch;
-use crate::cpu::gemm::{Data, Matrix, Product, Start, sum_of_products};
+use crate::cpu::gemm::{Data, Matrix, PARALLEL, Product, Start, sum_of_products};
 use crate::cpu::lanes::Element;
 use crate::cpu::low_rank::{Backward, Block, Delta, ROWS, Rows};
 
@@ -60,8 +60,6 @@ pub(crate) fn product(dtype: DType, dims: [usize; 2], start: Start, products: &[
     }
 }
 
-/// Multiplications that are worth waking another thread.
-const PARALLEL: usize = 1 << 19;
 /// The gradients of low-rank factors have at most so many partial sums, of at least `PARTIAL_ROWS` rows each.
 const PARTIALS: usize = 32;
 const PARTIAL_ROWS: usize = 8 * ROWS;

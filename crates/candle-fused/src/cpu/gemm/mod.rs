@@ -45,7 +45,7 @@ const ROUNDED_ROWS: usize = 512;
 /// Columns of one task where there are few rows.
 const FEW_COLUMNS: usize = 128;
 /// Multiplications that are worth waking another thread.
-const PARALLEL: usize = 1 << 19;
+pub(crate) const PARALLEL: usize = 1 << 19;
 
 /// `left [m, k] · right [k, n]`.
 #[derive(Clone, Copy)]
