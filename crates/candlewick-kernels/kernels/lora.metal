@@ -103,35 +103,56 @@ DEVFN void project(DEVICE const T* x, DEVICE const ADAPTER* a, PARAM(LoraParams,
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Adds S · B of WIDTH columns to `update`, [ROWS, WIDTH].
-DEVFN void expand(THREADGROUP const float* s, DEVICE const ADAPTER* b, PARAM(LoraParams, p), uint column,
-                  THREAD float* update) {
-    DEVICE const ADAPTER* from = b + ulong(column) * p.b_column_stride;
-    float w[WIDTH];
+// UP_TILE ranks of UP_WIDTH columns of B, from `first_rank` on, [UP_TILE, UP_WIDTH].
+DEVFN void load_up(DEVICE const ADAPTER* b, PARAM(LoraParams, p), uint first_rank, uint column, THREAD float* w) {
+    DEVICE const ADAPTER* from = b + ulong(first_rank) * p.b_rank_stride + ulong(column) * p.b_column_stride;
 #if B_ALONG_RANKS
-    // WIDTH ranks of one column at a time: RANK is a multiple of WIDTH.
-    for (uint i = 0u; i < WIDTH; i++) {
-        for (uint rank = 0u; rank < RANK; rank += WIDTH) {
-            load_chunk(from + ulong(i) * p.b_column_stride + rank, w);
-            for (uint row = 0u; row < ROWS; row++) {
-                for (uint r = 0u; r < WIDTH; r++)
-                    update[row * WIDTH + i] = fma(s[row * RANK + rank + r], w[r], update[row * WIDTH + i]);
-            }
+    // RANK and UP_TILE are multiples of WIDTH.
+    for (uint i = 0u; i < UP_WIDTH; i++) {
+        for (uint rank = 0u; rank < UP_TILE; rank += WIDTH) {
+            if (RANK % UP_TILE != 0 && first_rank + rank >= RANK) continue;
+            float ranks[WIDTH];
+            load_chunk(from + ulong(i) * p.b_column_stride + rank, ranks);
+            for (uint r = 0u; r < WIDTH; r++) w[(rank + r) * UP_WIDTH + i] = ranks[r];
         }
     }
 #else
-    for (uint rank = 0u; rank < RANK; rank++) {
-#if B_ALONG_COLUMNS
-        load_chunk(from + ulong(rank) * p.b_rank_stride, w);
-#else
+    for (uint rank = 0u; rank < UP_TILE; rank++) {
+        if (RANK % UP_TILE != 0 && first_rank + rank >= RANK) continue;
         DEVICE const ADAPTER* of_rank = from + ulong(rank) * p.b_rank_stride;
-        for (uint i = 0u; i < WIDTH; i++) w[i] = to_f32(of_rank[ulong(i) * p.b_column_stride]);
+#if B_ALONG_COLUMNS
+        load_chunk(of_rank, w + rank * WIDTH);
+#else
+        for (uint i = 0u; i < UP_WIDTH; i++) w[rank * UP_WIDTH + i] = to_f32(of_rank[ulong(i) * p.b_column_stride]);
 #endif
+    }
+#endif
+}
+
+// Adds S · B of those ranks and columns to `update`, [ROWS, UP_WIDTH].
+DEVFN void expand(THREADGROUP const float* s, uint first_rank, THREAD const float* w, THREAD float* update) {
+    for (uint rank = 0u; rank < UP_TILE; rank++) {
+        if (RANK % UP_TILE != 0 && first_rank + rank >= RANK) continue;
         for (uint row = 0u; row < ROWS; row++) {
-            const float share = s[row * RANK + rank];
-            for (uint i = 0u; i < WIDTH; i++) update[row * WIDTH + i] = fma(share, w[i], update[row * WIDTH + i]);
+            const float share = s[row * RANK + first_rank + rank];
+            for (uint i = 0u; i < UP_WIDTH; i++)
+                update[row * UP_WIDTH + i] = fma(share, w[rank * UP_WIDTH + i], update[row * UP_WIDTH + i]);
         }
     }
+}
+
+// Writes UP_WIDTH columns of y.
+DEVFN void finish(THREAD float* update, DEVICE const T* base, DEVICE T* y, PARAM(LoraParams, p), ulong at) {
+#if UP_WIDTH == WIDTH
+    if (DROP_OUTPUT) dropout_chunk(p.dropout, at, update);
+    if (BASE) {
+        float sum[WIDTH];
+        load_chunk(base + at, sum);
+        for (uint i = 0u; i < WIDTH; i++) update[i] += sum[i];
+    }
+    store_chunk(y + at, update);
+#else
+    y[at] = from_f32<T>(BASE ? update[0] + to_f32(base[at]) : update[0]);
 #endif
 }
 
@@ -140,26 +161,32 @@ KERNEL(lora_update, DEVICE const T* x, DEVICE const ADAPTER* a, DEVICE const ADA
     TG_ARRAY(float, s, SLICES * ROWS * RANK);
     const uint first_row = TG_POS.x * ROWS;
     const uint row_count = p.rows - first_row < ROWS ? p.rows - first_row : ROWS;
+    // A thread's columns are UP_COLUMNS pieces of UP_WIDTH, `stretch` apart.
+    const uint first_column = TID.x * UP_WIDTH, stretch = TG_SIZE.x * UP_WIDTH;
+    float w[UP_COLUMNS * UP_TILE * UP_WIDTH];
+    for (uint j = 0u; j < UP_COLUMNS; j++) {
+        const uint column = first_column + j * stretch;
+        if (UPDATE && column < p.outputs) load_up(b, p, 0u, column, w + j * UP_TILE * UP_WIDTH);
+    }
     project(x, a, p, first_row, row_count, s, LANE, SIMD_ID);
     if (KEEP) {
         for (uint i = TID.x; i < row_count * RANK; i += TG_SIZE.x) kept[ulong(first_row) * RANK + i] = s[i];
     }
-    if (UPDATE) {
-        for (uint column = TID.x * WIDTH; column < p.outputs; column += TG_SIZE.x * WIDTH) {
-            float update[ROWS * WIDTH];
-            for (uint i = 0u; i < ROWS * WIDTH; i++) update[i] = 0.0f;
-            expand(s, b, p, column, update);
+    if (!UPDATE) return;
+    for (uint columns = first_column; columns < p.outputs; columns += UP_COLUMNS * stretch) {
+        for (uint j = 0u; j < UP_COLUMNS; j++) {
+            const uint column = columns + j * stretch;
+            if (column >= p.outputs) continue;
+            THREAD float* of_column = w + j * UP_TILE * UP_WIDTH;
+            float update[ROWS * UP_WIDTH];
+            for (uint i = 0u; i < ROWS * UP_WIDTH; i++) update[i] = 0.0f;
+            for (uint rank = 0u; rank < RANK; rank += UP_TILE) {
+                if (rank != 0u || columns != first_column) load_up(b, p, rank, column, of_column);
+                expand(s, rank, of_column, update);
+            }
             for (uint row = 0u; row < ROWS; row++) {
-                if (row >= row_count) continue;
-                THREAD float* chunk = update + row * WIDTH;
-                const ulong at = ulong(first_row + row) * p.outputs + column;
-                if (DROP_OUTPUT) dropout_chunk(p.dropout, at, chunk);
-                if (BASE) {
-                    float sum[WIDTH];
-                    load_chunk(base + at, sum);
-                    for (uint i = 0u; i < WIDTH; i++) chunk[i] += sum[i];
-                }
-                store_chunk(y + at, chunk);
+                if (row < row_count)
+                    finish(update + row * UP_WIDTH, base, y, p, ulong(first_row + row) * p.outputs + column);
             }
         }
     }

@@ -10,6 +10,9 @@ use crate::rows::{LANES, width};
 const OP: &str = "lora";
 /// Ranks that one simdgroup projects at a time.
 const RANK_TILE: usize = 4;
+/// What a thread asks of B before S is there, where a block has one row: f32 registers, and ranks of a column.
+const UP_REGISTERS: usize = 32;
+const UP_TILE: usize = 8;
 /// f32 registers that `lora_update` sums in.
 const UPDATE_SUMS: usize = 32;
 /// f32 registers that `lora_gradient` sums in.
@@ -314,10 +317,30 @@ impl Lora {
         let tiles = self.rank.div_ceil(tile);
         // One block of few rows gets the whole device's attention; many blocks share it.
         let busy = if rows == 1 { 32 } else { 8 };
-        let useful = update.inputs.max(update.outputs).div_ceil(LANES * width);
+        let across = update.inputs.max(update.outputs).div_ceil(LANES * width);
+        let useful = match rows {
+            // Slices enough that a simdgroup has one step or two.
+            1 => across.max((update.inputs.div_ceil(LANES * width) * tiles).min(16)),
+            _ => across,
+        };
         let simdgroups = useful.clamp(1, busy).min(tuning.max_simdgroups());
         let room = MAX_THREADGROUP_BYTES as usize / 4 / (rows * self.rank);
         let slices = (simdgroups / tiles).max(1).min(update.inputs.div_ceil(LANES * width)).min(room).max(1);
+        let b_along_ranks = ranks_fit && along(update.up.rank, update.up.column);
+        let is_single = rows == 1 && b_along_ranks && !matches!(update.dropout, DropoutPlace::Output);
+        let up_width = if is_single { 1 } else { width };
+        // Registers that wait for S are registers that rows could sum in.
+        let up_tile = match rows {
+            _ if b_along_ranks && !is_single => width,
+            1 => (UP_REGISTERS / up_width).min(UP_TILE).min(self.rank),
+            _ => 1,
+        };
+        let up_columns = match rows {
+            1 => (UP_REGISTERS / (up_width * up_tile))
+                .min(update.outputs.div_ceil(simdgroups * LANES * up_width))
+                .max(1),
+            _ => 1,
+        };
         let params = Params::default()
             .u32(size(OP, "rows", self.rows)?)
             .u32(size(OP, "inputs", update.inputs)?)
@@ -337,12 +360,15 @@ impl Lora {
                 define("RANK", self.rank),
                 define("ROWS", rows),
                 define("RANK_TILE", tile),
+                define("UP_WIDTH", up_width),
+                define("UP_TILE", up_tile),
+                define("UP_COLUMNS", up_columns),
                 define("SLICES", slices),
                 define("SIMDGROUPS", simdgroups),
                 flag("A_ALONG_COLUMNS", a_along_columns),
                 flag("A_ALONG_RANKS", a_along_ranks),
                 flag("B_ALONG_COLUMNS", along(update.up.column, update.up.rank)),
-                flag("B_ALONG_RANKS", ranks_fit && along(update.up.rank, update.up.column)),
+                flag("B_ALONG_RANKS", b_along_ranks),
                 define("DROPOUT", update.dropout as u8),
                 flag("BASE", update.base),
                 flag("UPDATE", update.writes_y),

@@ -194,7 +194,8 @@ pub const MUTANTS: &[Mutant] = &[
     text(Shown::Lora, "a lane stays out of a simd operation", DIVERGENT_SIMD,
         "const float sum = simd_sum(sums", "const float sum = lane == 31u ? 0.0f : simd_sum(sums"),
     text(Shown::Lora, "x beyond its columns", OUT_OF_BOUNDS, "column < p.inputs; column", "column <= p.inputs; column"),
-    text(Shown::Lora, "y beyond its columns", OUT_OF_BOUNDS, "column < p.outputs; column", "column <= p.outputs; column"),
+    text(Shown::Lora, "y beyond its columns", OUT_OF_BOUNDS, "if (column >= p.outputs) continue;", ""),
+    text(Shown::Lora, "B beyond its columns", OUT_OF_BOUNDS, "if (UPDATE && column < p.outputs)", "if (UPDATE)"),
     text(Shown::LoraBackward, "S is kept in the first rows only", ANY_RACE, "kept[ulong(first_row) * RANK + i]", "kept[i]"),
 
     // ---- lora_gradient.metal ----
