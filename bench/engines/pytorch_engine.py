@@ -193,7 +193,7 @@ class Engine:
 
     def limits(self):
         rates = {}
-        shape = (8192, 4096, 4096) if self.device == "cuda" else (1024, 1024, 1024)
+        shape = (8192, 4096, 4096) if self.device == "cuda" else (4096, 1024, 1024)
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
             m, k, n = shape
             a, b = torch.randn(m, k, device=self.device, dtype=dtype), torch.randn(n, k, device=self.device, dtype=dtype)

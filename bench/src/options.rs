@@ -102,9 +102,9 @@ struct Options {
     /// Rounds of a case at most
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Seconds for the rounds of a case; some rounds are always made
-    #[arg(long, default_value_t = 1.2)]
-    budget: f64,
+    /// Seconds for the rounds of a case; some rounds are always made [default: 1.2; on a GPU 0.6]
+    #[arg(long)]
+    budget: Option<f64>,
     /// Seconds after which no further case begins [default: never]
     #[arg(long)]
     limit: Option<f64>,
@@ -249,7 +249,10 @@ impl Options {
                 physics,
                 scratch: scratch.path(),
                 rounds: self.rounds,
-                budget: Duration::from_secs_f64(self.budget),
+                budget: Duration::from_secs_f64(self.budget.unwrap_or(match device {
+                    DeviceName::Cpu => 1.2,
+                    DeviceName::Cuda => 0.6,
+                })),
                 until: self.limit.map(|limit| start + Duration::from_secs_f64(limit)),
                 allow_fallback: self.allow_fallback,
                 compile: !self.small,

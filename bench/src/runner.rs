@@ -94,8 +94,8 @@ const TIMING_US: f64 = 12_000.0;
 /// Passes of a round on a CPU: the engines' turns follow each other closely, because the machine's pace drifts.
 const PASSES: usize = 6;
 /// An engine whose call takes longer than this has its turn in two rounds only; and than this, in one.
-const SLOW_US: f64 = 400_000.0;
-const SLOWEST_US: f64 = 1_500_000.0;
+const SLOW_US: f64 = 100_000.0;
+const SLOWEST_US: f64 = 400_000.0;
 /// Rounds of a case that are made again because other programs disturbed them.
 const DISTURBED_ROUNDS: usize = 4;
 
