@@ -10,9 +10,9 @@ use std::sync::{Arc, Weak};
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
 
-use crate::check;
 use crate::graph::{self, Entry, Node, Undo, View};
 use crate::ops::add::sum;
+use crate::{backend, check};
 
 /// The gradients of a loss.
 pub struct Gradients(Store);
@@ -81,7 +81,7 @@ fn walk(last: &Tensor, first: Tensor, steps: Vec<(&Tensor, Step)>) -> Result<Gra
         match step {
             Step::View(View { of, undo }) => {
                 let gradient = match undo {
-                    Undo::Reshape(shape) => gradient.reshape(shape)?,
+                    Undo::Reshape(shape) => backend::contiguous(&gradient)?.reshape(shape)?,
                     Undo::Transpose(first, second) => gradient.transpose(first, second)?,
                 };
                 accumulate(&mut gradients, of, gradient)?;

@@ -209,6 +209,14 @@ pub(crate) fn run<K: Kernel>(device: &Device, kernel: &K) -> Attempt<K::Output> 
     }
 }
 
+/// `tensor`, or a contiguous copy of it.
+pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.device() {
+        Device::Cpu => tensor.contiguous(),
+        Device::Cuda(_) | Device::Metal(_) => gpu::contiguous(tensor),
+    }
+}
+
 /// Runs `fused` where `x` lives if there are kernels for it, else `reference`, and counts which.
 ///
 /// A kernel that the device rejects is worth a warning with what its compiler said, and the reference in its place.

@@ -16,10 +16,11 @@ use rayon::prelude::*;
 
 use super::softmax::{self, Mask, SoftmaxOptions};
 use crate::backend::products::{Heads, with_heads};
-use crate::backend::{self, Attempt, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::attention::{Head, HeadGradients, QUERIES};
-use crate::cpu::gemm::{self, Store};
+use crate::cpu::gemm;
+use crate::cpu::lanes::Element;
 use crate::graph::{self, Backward};
 
 const OP: &str = "attention";
@@ -126,13 +127,13 @@ impl Forward<'_> {
         let mut spans = Vec::new();
         for span in groups.spans(span) {
             let q = span.queries(&q)?;
-            let part = |(first, count)| {
+            let part = |(first, count)| -> Attempt<Tensor> {
                 let q = q.narrow(0, first, count)?;
                 let [k, v] = [span.keys(&k, first, count)?, span.keys(&v, first, count)?];
-                span.weights(&q, &k, self.options)?.matmul(&v)
+                Ok(span.weights(&q, &k, self.options)?.matmul(&v)?)
             };
-            let parts = groups.parts(&span, scores).map(part).collect::<Result<Vec<_>>>()?;
-            spans.push(groups.heads(&Tensor::cat(&parts, 0)?, groups.heads)?.contiguous()?);
+            let parts = groups.parts(&span, scores).map(part).collect::<Attempt<Vec<Tensor>>>()?;
+            spans.push(gpu::contiguous(&groups.heads(&Tensor::cat(&parts, 0)?, groups.heads)?)?);
         }
         Ok(Tensor::cat(&spans, 1)?.contiguous()?)
     }
@@ -166,7 +167,7 @@ impl Span {
             return Ok(rows.clone());
         }
         let of_span = rows.reshape((groups, self.shared, (), width))?.narrow(2, self.first, self.count)?;
-        of_span.contiguous()?.reshape((groups, self.shared * self.count, width))
+        gpu::contiguous(&of_span)?.reshape((groups, self.shared * self.count, width))
     }
 
     /// Of the keys `[b·g, s, d]` of some groups those that this span sees.
@@ -180,9 +181,9 @@ impl Span {
     }
 
     /// `softmax(scale·q·kᵀ)` of some groups, `[n, h/g·t, s]`.
-    fn weights(&self, q: &Tensor, k: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+    fn weights(&self, q: &Tensor, k: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
         let scores = q.matmul(&k.t()?)?;
-        crate::softmax(&self.by_query(&scores)?, options)?.reshape(scores.shape())
+        Ok(softmax::in_place(&self.by_query(&scores)?, options)?.reshape(scores.shape())?)
     }
 }
 
@@ -201,7 +202,7 @@ impl Groups {
     fn rows(&self, x: &Tensor) -> Result<Tensor> {
         let groups = self.batches * self.kv_heads;
         let rows = x.elem_count() / (groups * self.width);
-        x.transpose(1, 2)?.contiguous()?.reshape((groups, rows, self.width))
+        gpu::contiguous(&x.transpose(1, 2)?)?.reshape((groups, rows, self.width))
     }
 
     /// The other way, a view: `heads` are those of queries or of keys.
@@ -245,7 +246,7 @@ fn head<'a>(
     })
 }
 
-fn forward<T: Store>(q: &Tensor, k: &Tensor, v: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
+fn forward<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, options: SoftmaxOptions) -> Result<Tensor> {
     let ((batches, tokens, heads, width), (_, _, kv_heads, _)) = (q.dims4()?, k.dims4()?);
     let group = heads / kv_heads;
     let blocks = tokens.div_ceil(QUERIES);
@@ -366,11 +367,10 @@ impl Gradients<'_> {
                 }
                 if wants_q || wants_k {
                     let of_weights = grad.matmul(&v.t()?)?;
-                    let (y, g) = (&span.by_query(&weights)?, &span.by_query(&of_weights)?);
-                    let of_scores =
-                        backend::run(y.device(), &softmax::Gradient { y, g, options: self.options })?;
+                    let (y, g) = (span.by_query(&weights)?, span.by_query(&of_weights)?);
+                    let of_scores = softmax::gradient_in_place(&y, &g, self.options)?;
                     let of_scores = of_scores.reshape(weights.shape())?;
-                    drop((weights, of_weights));
+                    drop((weights, of_weights, y, g));
                     if wants_q {
                         parts[0].push(of_scores.matmul(&k)?);
                     }
@@ -381,7 +381,7 @@ impl Gradients<'_> {
             }
             let [of_q, of_k, of_v] = parts;
             if wants_q {
-                dq.push(groups.heads(&Tensor::cat(&of_q, 0)?, groups.heads)?.contiguous()?);
+                dq.push(gpu::contiguous(&groups.heads(&Tensor::cat(&of_q, 0)?, groups.heads)?)?);
             }
             dk.add(&of_k, span.keys)?;
             dv.add(&of_v, span.keys)?;
@@ -415,7 +415,7 @@ impl Sum {
         let (before, part) = (before.to_dtype(DType::F32)?, part.to_dtype(DType::F32)?);
         let rest = before.dim(1)? - keys;
         self.0.push(before.narrow(1, keys, rest)?);
-        self.0.push((before.narrow(1, 0, keys)?.contiguous()? + part)?);
+        self.0.push((gpu::contiguous(&before.narrow(1, 0, keys)?)? + part)?);
         Ok(())
     }
 
@@ -426,7 +426,7 @@ impl Sum {
             [] => Ok(None),
             [all] => all.to_dtype(dtype).map(Some),
             stretches => {
-                let stretches = stretches.iter().map(|x| x.contiguous()?.to_dtype(dtype));
+                let stretches = stretches.iter().map(|x| gpu::contiguous(x)?.to_dtype(dtype));
                 Tensor::cat(&stretches.collect::<Result<Vec<_>>>()?, 1).map(Some)
             }
         }

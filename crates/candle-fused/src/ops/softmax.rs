@@ -143,10 +143,20 @@ impl Kernel for Forward<'_> {
     }
 }
 
-pub(super) struct Gradient<'a> {
-    pub(super) y: &'a Tensor,
-    pub(super) g: &'a Tensor,
-    pub(super) options: SoftmaxOptions,
+/// On a GPU, in the place of `x`, which is contiguous, fresh and nobody else's.
+pub(super) fn in_place(x: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
+    Ok(gpu::run_in_place(&[x], &[x.shape()], gpu::kept(plans(x, options)?, Plans::forward))?.take()?)
+}
+
+/// As [`in_place`]: the gradient, from the result `y`, in the place of that of the result.
+pub(super) fn gradient_in_place(y: &Tensor, g: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
+    Ok(gpu::run_in_place(&[y, g], &[y.shape()], gpu::kept(plans(y, options)?, Plans::backward))?.take()?)
+}
+
+struct Gradient<'a> {
+    y: &'a Tensor,
+    g: &'a Tensor,
+    options: SoftmaxOptions,
 }
 
 impl Kernel for Gradient<'_> {

@@ -221,6 +221,30 @@ fn strides_reach_the_kernel_and_the_buffer_reaches_the_last_element() {
     assert_eq!(words[..8], [3, 40, 24, 1, 6, 24, 1, 0.5f32.to_bits()]);
 }
 
+/// Rows in another order, of every width and dtype, some with an offset; what no kernel serves is left to Candle.
+#[test]
+fn copies_are_those_of_candle() {
+    for (columns, dtype) in [(8, DType::F32), (7, DType::F32), (16, DType::BF16), (9, DType::F16)] {
+        let x = Tensor::randn(0f32, 1.0, (3, 4, 5, columns), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let turned = x.transpose(1, 2).unwrap();
+        let views = [
+            (turned.clone(), true),
+            (turned.narrow(0, 1, 2).unwrap(), true),
+            (x.narrow(3, 1, columns - 1).unwrap(), true),
+            (x.narrow(2, 2, 3).unwrap(), true),
+            (x.get(1).unwrap().transpose(0, 1).unwrap(), true),
+            (x.transpose(2, 3).unwrap(), false),
+        ];
+        for (view, by_kernel) in views {
+            assert_eq!(Rows::of(&view).unwrap().is_some(), by_kernel, "{:?}", view.layout());
+            let copy = crate::backend::simulate(|| contiguous(&view).unwrap());
+            assert!(copy.is_contiguous() && copy.dims() == view.dims());
+            let values = |x: &Tensor| x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>();
+            assert_eq!(values(&copy).unwrap(), values(&view).unwrap(), "{:?}", view.layout());
+        }
+    }
+}
+
 #[test]
 fn a_kernel_that_allows_fewer_threads_is_planned_again() {
     let ([x, grad, weight], [x_shape, weight_shape]) = norm_tensors();
