@@ -6,6 +6,9 @@
 //! width and wherever in a tile it lies.
 
 use super::super::dispatch::Isa;
+use super::STEPS;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::amx;
 
 /// One tile's work.
 #[derive(Clone, Copy)]
@@ -38,8 +41,19 @@ pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const 
 /// columns' pairs side by side, the last pair filled up with zero; `k` counts steps.
 pub(super) type PairTileFn = unsafe fn(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32);
 
-/// The greatest [`Kernel::rows`].
-pub(super) const MAX_ROWS: usize = 12;
+/// The most rows of any tile.
+pub(super) const MAX_ROWS: usize = 32;
+
+/// The tile for bf16 pairs, [`Kernel::columns`] wide.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs {
+    pub rows: usize,
+    /// As [`Kernel::halves`].
+    pub halves: bool,
+    /// Steps of the common dimension in one piece.
+    pub steps: usize,
+    pub tile: PairTileFn,
+}
 
 /// The inner loops of one instruction set.
 #[derive(Clone, Copy)]
@@ -49,7 +63,7 @@ pub(super) struct Kernel {
     /// Whether a tile of at most half the columns computes only these.
     pub halves: bool,
     pub tile: TileFn,
-    pub pairs: Option<PairTileFn>,
+    pub pairs: Option<Pairs>,
 }
 
 impl Kernel {
@@ -65,7 +79,17 @@ impl Kernel {
                 columns: 32,
                 halves: true,
                 tile: x86::avx512,
-                pairs: Some(x86::avx512_pairs),
+                pairs: Some(Pairs { rows: 12, halves: true, steps: STEPS, tile: x86::avx512_pairs }),
+            },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Isa::Amx => Self {
+                rows: 12,
+                columns: amx::SIDE,
+                halves: true,
+                tile: x86::avx512,
+                // The longer a piece, the fewer times sums are loaded and stored; a packed panel of it fills the
+                // first-level cache.
+                pairs: Some(Pairs { rows: amx::SIDE, halves: false, steps: 2 * STEPS, tile: amx::tile }),
             },
             _ => Self {
                 rows: plain::ROWS,

@@ -7,7 +7,7 @@
 //! once for all rows of the task, and forgotten. Nothing is kept between calls.
 //!
 //! 16-bit right matrices are widened as they are packed; a 16-bit left matrix is widened whole beforehand, unless the
-//! processor multiplies bf16 pairs (`AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
+//! processor multiplies bf16 pairs (AMX or `AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
 //!
 //! Several products in one sum cost no pass over the result: they are further pieces of the common dimension. That is
 //! how LoRA's update rides on its frozen product.
@@ -15,6 +15,8 @@
 //! The order of additions in an element depends on the common dimensions alone (and on whether there are at most
 //! [`dot::ROWS`] rows, which are multiplied without packing): not on the block, nor on the threads.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) mod amx;
 mod dot;
 mod kernel;
 mod matrix;
@@ -25,13 +27,13 @@ mod tests;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use candle_core::WithDType;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use candle_core::DType;
 use rayon::prelude::*;
 
-use super::dispatch::{self, Isa};
-use kernel::{Kernel, Tile};
+use super::dispatch::{self, Isa, Vectorised};
+use super::lanes::{Element, LANES, Lanes};
+use super::rows::{Out, load_part};
+use kernel::{Kernel, Pairs, Tile};
 pub(crate) use matrix::{Data, Matrix};
 
 /// Steps of the common dimension in one piece.
@@ -65,70 +67,53 @@ pub(crate) enum Start<'a> {
     Matrix(&'a [f32]),
 }
 
-/// What a result is stored as.
-pub(crate) trait Store: WithDType {
-    /// Rounds `from` into `to`, which is as long.
-    fn store(from: &[f32], to: &mut [MaybeUninit<Self>]);
-    /// The result's own memory as f32, if that is what it is.
-    fn as_f32(to: *mut Self) -> Option<*mut f32>;
+/// Rounds `from` into `to`, which is as long.
+fn round<T: Element>(isa: Isa, from: &[f32], to: &mut [MaybeUninit<T>]) {
+    dispatch::vectorise(isa, Rounding { from, to });
 }
 
-impl Store for f32 {
-    fn store(from: &[f32], to: &mut [MaybeUninit<f32>]) {
-        to.write_copy_of_slice(from);
-    }
-
-    fn as_f32(to: *mut f32) -> Option<*mut f32> {
-        Some(to)
-    }
+struct Rounding<'a, T> {
+    from: &'a [f32],
+    to: &'a mut [MaybeUninit<T>],
 }
 
-impl Store for f16 {
-    fn store(from: &[f32], to: &mut [MaybeUninit<f16>]) {
-        let mut piece = [f16::ZERO; 64];
-        for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
-            let piece = &mut piece[..from.len()];
-            piece.convert_from_f32_slice(from);
-            to.write_copy_of_slice(piece);
+impl<T: Element> Vectorised for Rounding<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+    fn run<L: Lanes>(self) {
+        let (pieces, rest) = self.from.as_chunks::<LANES>();
+        let mut out = Out::new(self.to, false);
+        for (i, piece) in pieces.iter().enumerate() {
+            out.piece(i * LANES, L::load(piece));
+        }
+        if !rest.is_empty() {
+            out.rest(pieces.len() * LANES, load_part::<L, f32>(rest));
         }
     }
-
-    fn as_f32(_: *mut f16) -> Option<*mut f32> {
-        None
-    }
 }
 
-impl Store for bf16 {
-    fn store(from: &[f32], to: &mut [MaybeUninit<bf16>]) {
-        for (from, to) in from.iter().zip(to) {
-            // To the nearest, ties to even; a NaN stays one.
-            let bits = from.to_bits();
-            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-            let bits = if from.is_nan() { bits >> 16 | 0x40 } else { rounded };
-            to.write(bf16::from_bits(u16::try_from(bits & 0xFFFF).unwrap_or_default()));
-        }
-    }
-
-    fn as_f32(_: *mut bf16) -> Option<*mut f32> {
-        None
-    }
+/// A result's own memory as f32, if that is what it is.
+fn as_f32<T: Element>(to: *mut T) -> Option<*mut f32> {
+    (T::DTYPE == DType::F32).then(|| to.cast())
 }
 
 /// Rounds `from` to the end of `to`.
-pub(crate) fn append<T: Store>(from: &[f32], to: &mut Vec<T>) {
+pub(crate) fn append<T: Element>(from: &[f32], to: &mut Vec<T>) {
     let length = to.len();
     to.reserve(from.len());
-    T::store(from, &mut to.spare_capacity_mut()[..from.len()]);
-    // SAFETY: within the capacity, and `store` has written all elements.
+    round(dispatch::isa(), from, &mut to.spare_capacity_mut()[..from.len()]);
+    // SAFETY: within the capacity, and `round` has written all elements.
     unsafe { to.set_len(length + from.len()) };
 }
 
 /// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
-pub(crate) fn sum_of_products<T: Store>([m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
+pub(crate) fn sum_of_products<T: Element>([m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
     sum_with(dispatch::isa(), [m, n], start, products)
 }
 
-fn sum_with<T: Store>(isa: Isa, [m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
+fn sum_with<T: Element>(isa: Isa, [m, n]: [usize; 2], start: Start, products: &[Product]) -> Vec<T> {
     let mut result: Vec<T> = Vec::with_capacity(m * n);
     write(isa, [m, n], start, products, result.spare_capacity_mut());
     // SAFETY: `write` has written all elements.
@@ -169,7 +154,7 @@ fn assert_shapes([m, n]: [usize; 2], products: &[Product]) {
 }
 
 /// Writes all `m·n` elements of the result.
-fn write<T: Store>(
+fn write<T: Element>(
     isa: Isa,
     [m, n]: [usize; 2],
     start: Start,
@@ -197,7 +182,7 @@ fn write<T: Store>(
     let work = m * n * terms.iter().map(|term| term.left.columns).sum::<usize>();
     let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
     let out = Shared(to.as_mut_ptr().cast::<T>());
-    let tasks = tasks(kernel, [m, n], threads, T::as_f32(out.0).is_none());
+    let tasks = tasks(kernel, [m, n], threads, as_f32(out.0).is_none());
     let run = |scratch: &mut Scratch, (rows, columns): (Range<usize>, Range<usize>)| {
         // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
         unsafe { sum.task(rows, columns, &out, scratch) };
@@ -213,7 +198,7 @@ fn write<T: Store>(
 }
 
 /// As [`write`], for few rows.
-fn write_few<T: Store>(
+fn write_few<T: Element>(
     isa: Isa,
     [m, n]: [usize; 2],
     start: Start,
@@ -248,7 +233,7 @@ fn write_few<T: Store>(
         for (x, sums) in row.iter_mut().zip(&sums) {
             *x = sums[i];
         }
-        T::store(&row, to);
+        round(isa, &row, to);
     }
 }
 
@@ -280,7 +265,10 @@ fn tasks(
     } else {
         across = across.next_multiple_of(threads).min(panels);
     }
-    let groups = m.div_ceil(kernel.rows);
+    // Whole tiles of either kind, where there are two.
+    let tall =
+        kernel.pairs.map_or(kernel.rows, |pairs| if pairs.rows == kernel.rows { pairs.rows } else { ROWS });
+    let groups = m.div_ceil(tall);
     let mut down = wanted.div_ceil(across).min(groups.div_ceil(4));
     if rounded {
         down = down.max(m.div_ceil(ROUNDED_ROWS));
@@ -289,7 +277,7 @@ fn tasks(
         (0..parts).map(move |i| (i * units / parts * size)..((i + 1) * units / parts * size).min(end))
     };
     cut(across, panels, kernel.columns, n)
-        .flat_map(|columns| cut(down, groups, kernel.rows, m).map(move |rows| (rows, columns.clone())))
+        .flat_map(|columns| cut(down, groups, tall, m).map(move |rows| (rows, columns.clone())))
         .collect()
 }
 
@@ -332,7 +320,7 @@ fn along(matrix: Matrix) -> (Matrix, bool) {
 }
 
 /// Whether a product is one of bf16 pairs.
-fn takes_pairs(pairs: Option<kernel::PairTileFn>, Product { left, right }: &Product) -> bool {
+fn takes_pairs(pairs: Option<Pairs>, Product { left, right }: &Product) -> bool {
     pairs.is_some()
         && matches!((left.data, right.data), (Data::BF16(_), Data::BF16(_)))
         && left.column_stride == 1
@@ -367,7 +355,7 @@ impl Sum<'_> {
     ///
     /// # Safety
     /// `out` has `n` elements for each row, and nobody else uses those of the block.
-    unsafe fn task<T: Store>(
+    unsafe fn task<T: Element>(
         &self,
         rows: Range<usize>,
         columns: Range<usize>,
@@ -377,7 +365,7 @@ impl Sum<'_> {
         let width = columns.len();
         // SAFETY: the block's first element.
         let first = unsafe { out.0.add(rows.start * self.n + columns.start) };
-        if let Some(out) = T::as_f32(first) {
+        if let Some(out) = as_f32(first) {
             // SAFETY: the block is ours; its rows are `n` apart.
             unsafe {
                 let begun = self.begin(rows.clone(), columns.clone(), out, self.n);
@@ -386,19 +374,20 @@ impl Sum<'_> {
             return;
         }
         scratch.sums.clear();
-        scratch.sums.resize(rows.len() * width, 0.0);
+        scratch.sums.reserve(rows.len() * width);
         let sums = scratch.sums.as_mut_ptr();
-        // SAFETY: `sums` has the block's size.
+        // SAFETY: `sums` has room for the block, all of which is written by one or the other.
         unsafe {
-            self.begin(rows.clone(), columns.clone(), sums, width);
-            self.block(rows.clone(), columns, sums, width, true, &mut scratch.packed);
+            let begun = self.begin(rows.clone(), columns.clone(), sums, width);
+            self.block(rows.clone(), columns, sums, width, begun, &mut scratch.packed);
+            scratch.sums.set_len(rows.len() * width);
         }
         for (i, sums) in scratch.sums.chunks_exact(width.max(1)).enumerate() {
             // SAFETY: a row of the block.
             let to = unsafe {
                 std::slice::from_raw_parts_mut(first.add(i * self.n).cast::<MaybeUninit<T>>(), width)
             };
-            T::store(sums, to);
+            round(self.isa, sums, to);
         }
     }
 
@@ -444,7 +433,7 @@ impl Sum<'_> {
         for term in self.terms {
             let pairs = self.kernel.pairs.filter(|_| takes_pairs(self.kernel.pairs, term));
             let k = term.left.columns;
-            let pieces = k.div_ceil(STEPS);
+            let pieces = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
             for piece in 0..pieces {
                 // Of even length, so that pairs stay together.
                 let cut = |i: usize| (i * k.div_ceil(2) / pieces * 2).min(k);
@@ -481,7 +470,8 @@ impl Sum<'_> {
         stride: usize,
         accumulate: bool,
     ) {
-        let Kernel { rows: tall, columns: wide, .. } = self.kernel;
+        let wide = self.kernel.columns;
+        let tall = piece.pairs.map_or(self.kernel.rows, |pairs| pairs.rows);
         for first in rows.clone().step_by(ROWS) {
             for (j, panel) in piece.packed.chunks_exact(piece.words * wide).enumerate() {
                 let count = wide.min(columns - j * wide);
@@ -511,7 +501,8 @@ impl Sum<'_> {
     /// `out` has the tile's columns in each of its rows, initialised if it accumulates.
     unsafe fn tile(&self, piece: &Piece, tile: Tile, row: usize, panel: &[f32], out: *mut f32) {
         let half = self.kernel.columns / 2;
-        let computed = if self.kernel.halves && tile.columns <= half { half } else { self.kernel.columns };
+        let halves = piece.pairs.map_or(self.kernel.halves, |pairs| pairs.halves);
+        let computed = if halves && tile.columns <= half { half } else { self.kernel.columns };
         if tile.columns == computed {
             // SAFETY: the tile's columns are all that is computed.
             unsafe { self.run(piece, &tile, row, panel, out) };
@@ -544,7 +535,7 @@ impl Sum<'_> {
                     (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out);
                 }
                 (Data::BF16(data), Some(pairs)) => {
-                    pairs(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
+                    (pairs.tile)(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
                 }
                 _ => {}
             }
@@ -555,7 +546,7 @@ impl Sum<'_> {
 /// A packed piece of the common dimension, and the left matrix beside it.
 struct Piece<'a> {
     left: &'a Matrix<'a>,
-    pairs: Option<kernel::PairTileFn>,
+    pairs: Option<Pairs>,
     steps: Range<usize>,
     /// Packed steps: as many, or half of them in pairs.
     words: usize,

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::super::dispatch::Isa;
 use super::matrix::{Data, Matrix};
 
@@ -132,22 +134,50 @@ pub(super) fn pack_pairs(
             done = steps.len() / 2;
             let from = &data[right.index(steps.start, first)..];
             turn(isa, from, right.column_stride, [count, done], width, panel);
+        } else if right.column_stride == 1 && count == width {
+            done = steps.len() / 2;
+            let from = &data[right.index(steps.start, first)..];
+            join_steps(isa, from, right.row_stride, width, &mut panel[..done * width]);
         }
         for (pair, to) in panel.chunks_exact_mut(width).enumerate().skip(done) {
             let k = steps.start + 2 * pair;
-            if right.column_stride == 1 && k + 1 < steps.end {
-                let low = &data[right.index(k, first)..][..count];
-                let high = &data[right.index(k + 1, first)..][..count];
-                for ((to, low), high) in to.iter_mut().zip(low).zip(high) {
-                    *to = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
-                }
-            } else {
-                for (j, to) in (first..).zip(&mut to[..count]) {
-                    *to = f32::from_bits(bits(k, j) | bits(k + 1, j) << 16);
-                }
+            for (j, to) in (first..).zip(&mut to[..count]) {
+                *to = f32::from_bits(bits(k, j) | bits(k + 1, j) << 16);
             }
         }
         fill_up(panel, width, count);
+    }
+}
+
+/// Puts the steps of `width` columns, which lie `stride` apart, beside each other in pairs.
+fn join_steps(isa: Isa, from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx2 {
+        // SAFETY: the processor has AVX2.
+        unsafe { join_steps_avx2(from, stride, width, panel) };
+        return;
+    }
+    let _ = isa;
+    join_pieces(from, stride, width, panel);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn join_steps_avx2(from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
+    join_pieces(from, stride, width, panel);
+}
+
+/// In pieces, as [`copy_pieces`].
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
+fn join_pieces(from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
+    for (pair, to) in panel.chunks_exact_mut(width).enumerate() {
+        let [low, high] = [2 * pair, 2 * pair + 1].map(|k| from[k * stride..][..width].as_chunks::<16>().0);
+        for (to, (low, high)) in to.as_chunks_mut::<16>().0.iter_mut().zip(low.iter().zip(high)) {
+            for (to, (low, high)) in to.iter_mut().zip(low.iter().zip(high)) {
+                *to = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
+            }
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 #![expect(clippy::float_cmp, reason = "exact sums")]
 #![expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "small integers; rounding")]
 
+use half::{bf16, f16};
+
 use super::*;
 use crate::cpu::dispatch::instruction_sets;
 
@@ -73,7 +75,7 @@ fn exact(start: impl Fn(usize, usize) -> f64, terms: &[(&Stored, &Stored)], [m, 
 }
 
 /// All sums are exact in f32, and so is their rounding: results are compared bit by bit.
-fn check<T: Store + Into<f64>>(
+fn check<T: Element + Into<f64>>(
     isa: Isa,
     what: &str,
     dims: [usize; 2],
@@ -153,12 +155,16 @@ fn products_are_added_to_what_is_there() {
 #[test]
 fn bf16_rounds_to_the_nearest_even() {
     let cases = [1.0, 1.003_906_2, 1.003_906_4, 1.011_718_8, 3.4e38, -0.0, 1e-40, f32::INFINITY, f32::NAN];
-    let mut to = [MaybeUninit::new(bf16::ZERO); 9];
-    bf16::store(&cases, &mut to);
-    for (x, got) in cases.iter().zip(to) {
-        // SAFETY: initialised.
-        let (got, expected) = (unsafe { got.assume_init() }, bf16::from_f32(*x));
-        assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan(), "{x}");
+    // Whole vectors, and what is left.
+    let cases: Vec<f32> = (0..37).map(|i| cases[i % cases.len()]).collect();
+    for isa in instruction_sets() {
+        let mut to = [MaybeUninit::new(bf16::ZERO); 37];
+        round(isa, &cases, &mut to);
+        for (x, got) in cases.iter().zip(to) {
+            // SAFETY: initialised.
+            let (got, expected) = (unsafe { got.assume_init() }, bf16::from_f32(*x));
+            assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan(), "{isa:?} {x}");
+        }
     }
 }
 

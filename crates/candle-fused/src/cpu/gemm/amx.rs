@@ -1,0 +1,179 @@
+//! The bf16 tile on Intel's matrix unit, AMX (Intel SDM volume 1, chapter 18): 32 × 32 sums in four of its eight
+//! registers, and 32 steps of both matrices in the others.
+//!
+//! A register is up to 16 rows of 64 bytes. The packed right matrix is what it wants as it is: a pair of steps a row, 16
+//! columns of pairs. The left matrix is read where it lies.
+//!
+//! The unit is configured and released in one block of instructions: nothing of it outlives a tile, so that threads are
+//! switched, and other libraries find it, as if nobody had used it.
+
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+
+use super::kernel::Tile;
+
+/// Rows and columns of a tile.
+pub(super) const SIDE: usize = 32;
+/// Steps that one instruction takes, and words of them in a column.
+const STEPS: usize = 32;
+const WORDS: usize = STEPS / 2;
+/// Rows of a register.
+const HALF: usize = SIDE / 2;
+
+/// Whether the processor multiplies bf16 on its matrix unit (CPUID leaf 7, EDX bits 22 and 24) and the kernel lets this
+/// process use it, which must be asked for: threads get larger register areas.
+pub(crate) fn is_usable() -> bool {
+    const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES;
+    // SAFETY: a call that reads and writes no memory of ours; a kernel that does not know it refuses.
+    has && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    first_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Configuration {
+    /// Registers 0 to 3 are the sums, upper half first; 4 and 5 the left matrix, 6 and 7 the right one.
+    const fn of([upper, lower]: [u8; 2]) -> Self {
+        let mut row_bytes = [0; 16];
+        let mut i = 0;
+        while i < 8 {
+            row_bytes[i] = 64;
+            i += 1;
+        }
+        let rows = [upper, upper, lower, lower, upper, lower, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0];
+        Self { palette: 1, first_row: 0, reserved: [0; 14], row_bytes, rows }
+    }
+}
+
+static WHOLE: Configuration = Configuration::of([16, 16]);
+
+/// # Safety
+/// That of [`PairTileFn`](super::kernel::PairTileFn), for all [`SIDE`] columns; [`is_usable`] has said yes.
+pub(super) unsafe fn tile(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32) {
+    // With few rows both halves are the same rows, computed twice.
+    let (first, lower, size) = if tile.rows > HALF {
+        (HALF, HALF, [HALF, tile.rows - HALF])
+    } else {
+        (0, 0, [tile.rows, tile.rows])
+    };
+    let partial;
+    let configuration = if tile.rows == SIDE {
+        &WHOLE
+    } else {
+        partial = Configuration::of(size.map(|rows| u8::try_from(rows).unwrap_or(16)));
+        &partial
+    };
+    let (blocks, rest) = (tile.k / STEPS, tile.k % STEPS);
+    let sums = Sums {
+        configuration,
+        out: [out, out.wrapping_add(lower * tile.out_stride)],
+        stride: tile.out_stride,
+    };
+    if blocks > 0 {
+        let left =
+            Left { halves: [left, left.wrapping_add(first * tile.row_stride)], stride: tile.row_stride };
+        // SAFETY: whole blocks of steps are within both matrices; the rest is the caller's promise.
+        unsafe { sums.add(&left, right, blocks, tile.accumulate) };
+    }
+    if rest == 0 {
+        return;
+    }
+    // Fewer steps than a register has, beside zeros.
+    let (mut rows, mut words) = ([0u16; SIDE * STEPS], [0u32; SIDE * WORDS]);
+    for (i, to) in rows.chunks_exact_mut(STEPS).enumerate().take(tile.rows) {
+        // SAFETY: the row's last steps.
+        unsafe {
+            to.as_mut_ptr().copy_from_nonoverlapping(left.add(i * tile.row_stride + blocks * STEPS), rest);
+        };
+    }
+    // SAFETY: the packed words of these steps, an odd last one with its zero.
+    unsafe {
+        words
+            .as_mut_ptr()
+            .copy_from_nonoverlapping(right.add(blocks * WORDS * SIDE), rest.div_ceil(2) * SIDE);
+    }
+    let left = Left { halves: [rows.as_ptr(), rows.as_ptr().wrapping_add(first * STEPS)], stride: STEPS };
+    // SAFETY: one block of steps in both buffers, and the sums as above.
+    unsafe { sums.add(&left, words.as_ptr(), 1, tile.accumulate || blocks > 0) };
+}
+
+/// The left matrix of a tile: its halves' first rows, and how far rows are apart.
+struct Left {
+    halves: [*const u16; 2],
+    stride: usize,
+}
+
+/// A tile's sums in memory, by halves.
+struct Sums<'a> {
+    configuration: &'a Configuration,
+    out: [*mut f32; 2],
+    stride: usize,
+}
+
+impl Sums<'_> {
+    /// Adds `blocks` blocks of steps to the sums, or writes them there.
+    ///
+    /// # Safety
+    /// At least one block; each half's rows, as many as its configuration says, have the blocks' steps, and `right` has
+    /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to. The unit is
+    /// usable.
+    unsafe fn add(&self, left: &Left, right: *const u32, blocks: usize, accumulate: bool) {
+        // SAFETY: registers are loaded from and stored to what the caller promises, and released before anybody else's
+        // instruction.
+        unsafe {
+            asm!(
+                // It also zeroes all registers.
+                "ldtilecfg [{configuration}]",
+                "test {accumulate}, {accumulate}",
+                "jz 2f",
+                "tileloadd tmm0, [{upper} + {out_stride} * 1]",
+                "tileloadd tmm1, [{upper} + {out_stride} * 1 + 64]",
+                "tileloadd tmm2, [{lower} + {out_stride} * 1]",
+                "tileloadd tmm3, [{lower} + {out_stride} * 1 + 64]",
+                "2:",
+                "tileloadd tmm4, [{first} + {left_stride} * 1]",
+                "tileloadd tmm6, [{right} + {right_stride} * 1]",
+                "tileloadd tmm7, [{right} + {right_stride} * 1 + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{second} + {left_stride} * 1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {first}, 64",
+                "add {second}, 64",
+                "add {right}, 2048",
+                "dec {blocks}",
+                "jnz 2b",
+                "tilestored [{upper} + {out_stride} * 1], tmm0",
+                "tilestored [{upper} + {out_stride} * 1 + 64], tmm1",
+                "tilestored [{lower} + {out_stride} * 1], tmm2",
+                "tilestored [{lower} + {out_stride} * 1 + 64], tmm3",
+                "tilerelease",
+                configuration = in(reg) std::ptr::from_ref(self.configuration),
+                accumulate = in(reg) usize::from(accumulate),
+                upper = in(reg) self.out[0],
+                lower = in(reg) self.out[1],
+                out_stride = in(reg) self.stride * size_of::<f32>(),
+                first = inout(reg) left.halves[0] => _,
+                second = inout(reg) left.halves[1] => _,
+                left_stride = in(reg) left.stride * size_of::<u16>(),
+                right = inout(reg) right => _,
+                right_stride = in(reg) SIDE * size_of::<u32>(),
+                blocks = inout(reg) blocks => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
