@@ -338,15 +338,17 @@ impl Entry<'_> {
     fn fail(&mut self, error: &Error) {
         self.plans.clear();
         let is_unsupported = matches!(error, Error::Unsupported(_));
+        // Candle's errors go on with a backtrace.
+        let reason = error.to_string().lines().next().unwrap_or_default().to_owned();
         if self.outcomes.is_empty() {
             let (engine, label) = (&self.contender.hello.engine, self.contender.label());
             self.outcomes.push(Outcome::new(engine, &label, Way::Synced));
         }
         for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.unsupported.is_none()) {
             if is_unsupported {
-                outcome.unsupported = Some(error.to_string());
+                outcome.unsupported = Some(reason.clone());
             } else {
-                outcome.problem = Some(error.to_string());
+                outcome.problem = Some(reason.clone());
             }
         }
         if !is_unsupported {

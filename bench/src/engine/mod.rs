@@ -214,7 +214,9 @@ impl State {
                 let mut next = || {
                     copies.next().map_or_else(|| Err(Error::Engine("no copies".to_owned())), Prepared::call)
                 };
-                let note = format!("no graph ({error}): events around launches, which the host may hold up");
+                let error = error.to_string();
+                let reason = error.lines().next().unwrap_or_default();
+                let note = format!("no graph ({reason}): events around launches, which the host may hold up");
                 (cuda::time_launches(device, samples, calls, &mut next)?, Some(note))
             }
             None => return Err(Error::Engine("no graph was captured".to_owned())),
