@@ -23,7 +23,7 @@ const PARALLEL: usize = 192 * 1024;
 /// The same where each element costs an exponential.
 const PARALLEL_EXPONENTIALS: usize = 24 * 1024;
 /// What moves more bytes would not stay in the cache, and is written past it.
-pub(super) const STREAM: usize = 12 * 1024 * 1024;
+const STREAM: usize = 12 * 1024 * 1024;
 /// The elements of a piece, where rows do not matter.
 const PIECE: usize = 4 * 1024;
 /// A sum over rows has at most so many partial sums, of at least `MIN_ROWS` rows each.

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, ba
 use candlewick_kernels::lora::LoraGradients;
 use half::{bf16, f16};
 
-use super::cpu::{STREAM, spread};
+use super::cpu::spread;
 use crate::cpu::dispatch;
 use crate::cpu::gemm::{Data, Matrix, PARALLEL, Product, Start, sum_of_products};
 use crate::cpu::lanes::Element;
@@ -67,8 +67,8 @@ const PARTIAL_ROWS: usize = 8 * ROWS;
 /// `y = h·Bᵀ` in the dtype of `x [n, in]`, and `h = scaling·x·Aᵀ` in f32, for `A [r, in]` and `B [out, r]`.
 pub(crate) fn low_rank(x: Matrix, a: Matrix, b: Matrix, scaling: f32) -> Result<(Tensor, Tensor)> {
     let (n, rank) = (x.rows, a.rows);
-    let (a, b, [inputs, outputs]) = (a.rows_f32(), b.t().rows_f32(), [a.columns, b.rows]);
-    let delta = Delta { a: &a, b: &b, rank, inputs, outputs, scaling };
+    let [inputs, outputs] = [a.columns, b.rows];
+    let delta = Delta { a: &a.panels(), b: &b.t().panels(), rank, inputs, outputs, scaling };
     let mut h = vec![0f32; n * rank];
     let y = match in_rows(&x)? {
         (Data::F32(data), stride) => rows_of(delta, Rows { data, stride }, n, &mut h),
@@ -91,12 +91,13 @@ fn in_rows<'a>(matrix: &Matrix<'a>) -> Result<(Data<'a>, usize)> {
 fn rows_of<T: Element>(delta: Delta, x: Rows<T>, n: usize, h: &mut [f32]) -> Result<Tensor> {
     let Delta { rank, inputs, outputs, .. } = delta;
     let mut y: Vec<T> = Vec::with_capacity(n * outputs);
-    let stream = n * (inputs + outputs) * size_of::<T>() > STREAM;
+    // Enough tasks for the threads to end together, else as many rows as share what is read of B.
+    let rows = ROWS * (n / (16 * ROWS)).clamp(1, 4);
     let blocks =
-        h.chunks_mut(ROWS * rank).zip(y.spare_capacity_mut()[..n * outputs].chunks_mut(ROWS * outputs));
-    let blocks = blocks.enumerate().map(|(i, (h, y))| (i * ROWS, h, y)).collect();
+        h.chunks_mut(rows * rank).zip(y.spare_capacity_mut()[..n * outputs].chunks_mut(rows * outputs));
+    let blocks = blocks.enumerate().map(|(i, (h, y))| (i * rows, h, y)).collect();
     spread(blocks, n * (inputs + outputs) * rank >= PARALLEL, |(), (first, h, y)| {
-        dispatch::vectorise(dispatch::isa(), Block { delta, x: x.after(first), h, y, stream });
+        dispatch::vectorise(dispatch::isa(), Block { delta, x: x.after(first), h, y });
     });
     // SAFETY: within the capacity; the blocks partition the rows, and each writes all of its own.
     unsafe { y.set_len(n * outputs) };
@@ -123,8 +124,9 @@ pub(crate) fn low_rank_backward(
     wanted: LoraGradients,
 ) -> Result<LowRankGradients> {
     let (rank, h) = (a.rows, h.rows_f32());
-    let (a, b, [inputs, outputs]) = (a.rows_f32(), b.t().rows_f32(), [a.columns, b.rows]);
-    let delta = Delta { a: &a, b: &b, rank, inputs, outputs, scaling };
+    let [inputs, outputs] = [a.columns, b.rows];
+    let a = if wanted.x { a.panels() } else { Vec::new() };
+    let delta = Delta { a: &a, b: &b.t().panels(), rank, inputs, outputs, scaling };
     let work = BackwardRows { delta, h: &h, wanted };
     let (x, (g, stride)) = (in_rows(&x)?, in_rows(&g)?);
     match g {
@@ -163,7 +165,6 @@ impl BackwardRows<'_> {
         let mut dx: Vec<T> = Vec::with_capacity(size);
         let mut free = &mut dx.spare_capacity_mut()[..size];
         let mut free_sums = sums.as_mut_slice();
-        let stream = size * size_of::<T>() > STREAM;
         let mut tasks = Vec::with_capacity(partials);
         for (i, (e, h)) in e.chunks_mut(block * rank).zip(h.chunks(block * rank)).enumerate() {
             let len = if wanted.x { e.len() / rank * inputs } else { 0 };
@@ -179,7 +180,6 @@ impl BackwardRows<'_> {
                 dx: wanted.x.then_some(dx),
                 da: wanted.a.then_some(da),
                 db: wanted.b.then_some(db),
-                stream,
             });
         }
         spread(tasks, n * (inputs + outputs) * rank >= PARALLEL, |(), task| {

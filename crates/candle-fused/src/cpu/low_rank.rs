@@ -3,35 +3,39 @@
 //!
 //! The rows of a block stay in the second-level cache between the products; each is read from memory once. Where rows
 //! are multiplied with factors, the lanes run along both: a tile of [`TALL`] rows and [`WIDE`] ranks has its sums in
-//! registers, and both sides come from the first-level cache, because columns are taken [`COLUMNS`] at a time. Where
-//! factors are added up, the lanes run along the row of the result, [`TALL`] + 1 rows at once, which share what is read
-//! of the factors. Where rows are, the lanes run along them, for [`RANKS`] ranks at once, which share what is read of the
-//! rows.
+//! registers. Where factors are added up, the lanes run along the row of the result, [`HIGH`] rows at once, which share
+//! what is read of the factors. Both times some columns' factors are taken for all rows, from the first-level cache:
+//! they lie in panels of [`LANES`] columns, rank by rank, because whole rows, a power of two apart, would evict each other.
+//! Where rows are added up, the lanes run along them, for [`RANKS`] ranks at once, which share what is read of the rows.
+//!
+//! Results are stored by way of the cache, however large: stores past it keep the arithmetic beside them waiting.
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
 use std::mem::MaybeUninit;
 
 use super::dispatch::Vectorised;
-use super::lanes::{Element, LANES, Lanes, Piece, as_room};
-use super::rows::{Out, load_part, map};
+use super::lanes::{Element, LANES, Lanes, Piece, Room, as_room};
+use super::rows::{Out, load_part, map, store_part};
 
 /// Rows of a block.
 pub(crate) const ROWS: usize = 12;
 const TALL: usize = 3;
 const WIDE: usize = 2;
+/// Rows of a result whose sums are in registers at a time.
+const HIGH: usize = 6;
 /// Ranks whose sums are in registers at a time.
 const RANKS: usize = 4;
-/// A multiple of [`LANES`].
-const COLUMNS: usize = 512;
+/// Pieces of the factors that are taken for all rows: half of a first-level cache of 32 KiB.
+const STRETCH: usize = 256;
 
 /// The product's constants.
 #[derive(Clone, Copy)]
 pub(crate) struct Delta<'a> {
-    /// `[rank, inputs]`
-    pub(crate) a: &'a [f32],
-    /// `[rank, outputs]`
-    pub(crate) b: &'a [f32],
+    /// `[rank, inputs]` in panels.
+    pub(crate) a: &'a [Piece<f32>],
+    /// `[rank, outputs]` in panels.
+    pub(crate) b: &'a [Piece<f32>],
     pub(crate) rank: usize,
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
@@ -100,8 +104,6 @@ pub(crate) struct Block<'a, T> {
     pub(crate) h: &'a mut [f32],
     /// `[rows, outputs]`
     pub(crate) y: &'a mut [MaybeUninit<T>],
-    /// Whether results go past the cache.
-    pub(crate) stream: bool,
 }
 
 impl<T: Element> Vectorised for Block<'_, T> {
@@ -109,7 +111,7 @@ impl<T: Element> Vectorised for Block<'_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { delta: Delta { a, b, rank, inputs, outputs, scaling }, x, h, y, stream } = self;
+        let Self { delta: Delta { a, b, rank, inputs, outputs, scaling }, x, h, y } = self;
         let mut room = x.room(inputs);
         let mut sums = vec![[0f32; LANES]; ROWS * rank];
         let count = h.len() / rank.max(1);
@@ -118,17 +120,8 @@ impl<T: Element> Vectorised for Block<'_, T> {
             let rows = x.wide::<L>([first, count, inputs], &mut room);
             let h = &mut h[first * rank..(first + count) * rank];
             contract::<L>(&rows[..count], a, rank, scaling, &mut sums, h);
-            expand_all::<L, T>(
-                h,
-                b,
-                [rank, outputs],
-                &mut y[first * outputs..(first + count) * outputs],
-                stream,
-            );
         }
-        if stream {
-            L::fence();
-        }
+        expand_all::<L, T>(h, b, [rank, outputs], y);
     }
 }
 
@@ -148,8 +141,6 @@ pub(crate) struct Backward<'a, T, U> {
     pub(crate) da: Option<&'a mut [f32]>,
     /// `[rank, outputs]`, to be added to.
     pub(crate) db: Option<&'a mut [f32]>,
-    /// Whether results go past the cache.
-    pub(crate) stream: bool,
 }
 
 impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
@@ -157,7 +148,7 @@ impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { delta, x, gradient, h, e, mut dx, mut da, mut db, stream } = self;
+        let Self { delta, x, gradient, h, e, dx, mut da, mut db } = self;
         let Delta { a, b, rank, inputs, outputs, scaling } = delta;
         let (mut x_room, mut room) = (x.room(inputs), gradient.room(outputs));
         let mut sums = vec![[0f32; LANES]; ROWS * rank];
@@ -175,94 +166,101 @@ impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
                 let rows = x.wide::<L>([first, count, inputs], &mut x_room);
                 update_all::<L>(&rows[..count], e, [rank, inputs], da);
             }
-            if let Some(dx) = &mut dx {
-                let dx = &mut dx[first * inputs..(first + count) * inputs];
-                expand_all::<L, T>(e, a, [rank, inputs], dx, stream);
-            }
         }
-        if stream {
-            L::fence();
+        if let Some(dx) = dx {
+            expand_all::<L, T>(e, a, [rank, inputs], dx);
         }
     }
 }
 
-/// `to[i][k] = scaling·rows[i]·factors[k]` for `factors [rank, columns]`. `sums` is room for as many pieces as `to` has
-/// elements.
+/// `to[i][k] = scaling·rows[i]·factors[k]`. `sums` is room for as many pieces as `to` has elements.
 #[inline(always)]
 fn contract<L: Lanes>(
     rows: &[&[f32]],
-    factors: &[f32],
+    factors: &[Piece<f32>],
     rank: usize,
     scaling: f32,
     sums: &mut [Piece<f32>],
     to: &mut [f32],
 ) {
-    let (count, width) = (rows.len(), rows.first().map_or(0, |row| row.len()));
+    let width = rows.first().map_or(0, |row| row.len());
+    let sums = &mut sums[..rows.len() * rank];
     sums.fill([0.0; LANES]);
-    for start in (0..width).step_by(COLUMNS) {
-        let columns = start..(start + COLUMNS).min(width);
-        for i in (0..count).step_by(TALL) {
-            for k in (0..rank).step_by(WIDE) {
-                let x = |row: usize| &rows[i + row][columns.clone()];
-                let a = |rank: usize| &factors[(k + rank) * width..][columns.clone()];
-                let sums = &mut sums[i * rank + k..];
-                match (count - i, rank - k) {
-                    (1, 1) => tile::<L, 1, 1>([x(0)], [a(0)], sums, rank),
-                    (2, 1) => tile::<L, 2, 1>([x(0), x(1)], [a(0)], sums, rank),
-                    (_, 1) => tile::<L, 3, 1>([x(0), x(1), x(2)], [a(0)], sums, rank),
-                    (1, _) => tile::<L, 1, 2>([x(0)], [a(0), a(1)], sums, rank),
-                    (2, _) => tile::<L, 2, 2>([x(0), x(1)], [a(0), a(1)], sums, rank),
-                    (..) => tile::<L, 3, 2>([x(0), x(1), x(2)], [a(0), a(1)], sums, rank),
+    let panels = (STRETCH / rank).max(1);
+    for (stretch, factors) in factors.chunks(panels * rank).enumerate() {
+        let start = stretch * panels * LANES;
+        let columns = start..(start + panels * LANES).min(width);
+        for (rows, sums) in rows.chunks(TALL).zip(sums.chunks_mut(TALL * rank)) {
+            match *rows {
+                [a] => tiles::<L, 1>([&a[columns.clone()]], factors, sums),
+                [a, b] => tiles::<L, 2>([&a[columns.clone()], &b[columns.clone()]], factors, sums),
+                [a, b, c] => {
+                    let x = [&a[columns.clone()], &b[columns.clone()], &c[columns.clone()]];
+                    tiles::<L, 3>(x, factors, sums);
                 }
+                _ => {}
             }
         }
     }
     for (to, sums) in to.iter_mut().zip(sums.iter()) {
-        *to = scaling
-            * L::load(sums).join(
-                #[inline(always)]
-                |a, b| a + b,
-            );
+        *to = scaling * L::load(sums).sum();
     }
 }
 
-/// `sums[i][k] += x[i]·a[k]`, lane by lane; a row of sums has `rank` of them.
+/// `sums[i][k] += x[i]·factors[k]`, lane by lane.
+#[inline(always)]
+fn tiles<L: Lanes, const M: usize>(x: [&[f32]; M], factors: &[Piece<f32>], sums: &mut [Piece<f32>]) {
+    let rank = sums.len() / M;
+    let mut pieces: [&[Piece<f32>]; M] = [&[]; M];
+    let mut rest = [L::splat(0.0); M];
+    for i in 0..M {
+        let (whole, part) = x[i].as_chunks();
+        (pieces[i], rest[i]) = (whole, load_part(part));
+    }
+    for k in (0..rank - rank % WIDE).step_by(WIDE) {
+        tile::<L, M, WIDE>(pieces, rest, factors, k, sums);
+    }
+    for k in rank - rank % WIDE..rank {
+        tile::<L, M, 1>(pieces, rest, factors, k, sums);
+    }
+}
+
+/// [`tiles`] for `K` ranks from `k` on.
 #[inline(always)]
 fn tile<L: Lanes, const M: usize, const K: usize>(
-    x: [&[f32]; M],
-    a: [&[f32]; K],
+    x: [&[Piece<f32>]; M],
+    rest: [L; M],
+    factors: &[Piece<f32>],
+    k: usize,
     sums: &mut [Piece<f32>],
-    rank: usize,
 ) {
-    let len = x[0].len();
+    let rank = sums.len() / M;
+    let sums = &mut sums[k..];
     let mut totals = [[L::splat(0.0); K]; M];
     for (i, totals) in totals.iter_mut().enumerate() {
         for (k, total) in totals.iter_mut().enumerate() {
             *total = L::load(&sums[i * rank + k]);
         }
     }
-    let mut x_pieces: [&[Piece<f32>]; M] = [&[]; M];
-    let mut a_pieces: [&[Piece<f32>]; K] = [&[]; K];
-    for i in 0..M {
-        x_pieces[i] = &x[i].as_chunks().0[..len / LANES];
-    }
-    for k in 0..K {
-        a_pieces[k] = &a[k].as_chunks().0[..len / LANES];
-    }
-    for p in 0..len / LANES {
+    let whole = x[0].len();
+    let x = x.map(
+        #[inline(always)]
+        |row| &row[..whole],
+    );
+    let mut panels = factors.chunks_exact(rank);
+    for p in 0..whole {
+        let Some(factors) = panels.next().and_then(|panel| panel[k..].first_chunk::<K>()) else { break };
         for i in 0..M {
-            let x = L::load(&x_pieces[i][p]);
+            let x = L::load(&x[i][p]);
             for k in 0..K {
-                totals[i][k] = x.mul_add(L::load(&a_pieces[k][p]), totals[i][k]);
+                totals[i][k] = x.mul_add(L::load(&factors[k]), totals[i][k]);
             }
         }
     }
-    let whole = len - len % LANES;
-    if whole < len {
+    if let Some(factors) = panels.next().and_then(|panel| panel[k..].first_chunk::<K>()) {
         for i in 0..M {
-            let x: L = load_part(&x[i][whole..]);
             for k in 0..K {
-                totals[i][k] = x.mul_add(load_part(&a[k][whole..]), totals[i][k]);
+                totals[i][k] = rest[i].mul_add(L::load(&factors[k]), totals[i][k]);
             }
         }
     }
@@ -273,53 +271,70 @@ fn tile<L: Lanes, const M: usize, const K: usize>(
     }
 }
 
-/// `y[i] = Σ_k h[i][k]·factors[k]` for `h [rows, rank]` and `factors [rank, columns]`.
+/// `y[i] = Σ_k h[i][k]·factors[k]` for `h [rows, rank]` and `y [rows, columns]`, in the order of the ranks.
 #[inline(always)]
 fn expand_all<L: Lanes, T: Element>(
     h: &[f32],
-    factors: &[f32],
+    factors: &[Piece<f32>],
     [rank, columns]: [usize; 2],
     y: &mut [MaybeUninit<T>],
-    stream: bool,
 ) {
-    for (h, y) in h.chunks(4 * rank.max(1)).zip(y.chunks_mut(4 * columns.max(1))) {
-        match h.len() / rank.max(1) {
-            1 => expand::<L, T, 1>(h, factors, [rank, columns], y, stream),
-            2 => expand::<L, T, 2>(h, factors, [rank, columns], y, stream),
-            3 => expand::<L, T, 3>(h, factors, [rank, columns], y, stream),
-            _ => expand::<L, T, 4>(h, factors, [rank, columns], y, stream),
+    // A rank's weights side by side.
+    let mut weights = vec![[0f32; HIGH]; h.len().div_ceil(HIGH * rank) * rank];
+    for (h, weights) in h.chunks(HIGH * rank).zip(weights.chunks_exact_mut(rank)) {
+        for (i, h) in h.chunks_exact(rank).enumerate() {
+            for (weights, &h) in weights.iter_mut().zip(h) {
+                weights[i] = h;
+            }
+        }
+    }
+    let panels = (STRETCH / rank).max(1);
+    for (stretch, factors) in factors.chunks(panels * rank).enumerate() {
+        let from = stretch * panels * LANES;
+        for (weights, y) in weights.chunks_exact(rank).zip(y.chunks_mut(HIGH * columns)) {
+            match y.len() / columns {
+                1 => expand::<L, T, 1>(weights, factors, y, from),
+                2 => expand::<L, T, 2>(weights, factors, y, from),
+                3 => expand::<L, T, 3>(weights, factors, y, from),
+                4 => expand::<L, T, 4>(weights, factors, y, from),
+                5 => expand::<L, T, 5>(weights, factors, y, from),
+                _ => expand::<L, T, HIGH>(weights, factors, y, from),
+            }
         }
     }
 }
 
-/// [`expand_all`] for `M` rows.
+/// [`expand_all`] for the `M` rows of `y` and the columns of these factors, the first of which is `from`.
 #[inline(always)]
 fn expand<L: Lanes, T: Element, const M: usize>(
-    h: &[f32],
-    factors: &[f32],
-    [rank, columns]: [usize; 2],
+    weights: &[[f32; HIGH]],
+    factors: &[Piece<f32>],
     y: &mut [MaybeUninit<T>],
-    stream: bool,
+    from: usize,
 ) {
-    let mut rows = y.chunks_exact_mut(columns);
-    let mut out: [Option<Out<T>>; M] = std::array::from_fn(|_| rows.next().map(|row| Out::new(row, stream)));
-    // A rank's factors side by side.
-    let turned: Vec<[f32; M]> = (0..rank).map(|k| std::array::from_fn(|i| h[i * rank + k])).collect();
-    let whole = columns - columns % LANES;
-    for start in (0..columns).step_by(LANES) {
+    let mut rows = y.chunks_exact_mut(y.len() / M);
+    let mut pieces: [&mut [Room<T>]; M] = std::array::from_fn(|_| Default::default());
+    let mut rests: [&mut [MaybeUninit<T>]; M] = std::array::from_fn(|_| Default::default());
+    for (pieces, rest) in pieces.iter_mut().zip(&mut rests) {
+        let row = &mut rows.next().unwrap_or_default()[from..];
+        (*pieces, *rest) = row.as_chunks_mut();
+    }
+    for (p, factors) in factors.chunks_exact(weights.len()).enumerate() {
         let mut totals = [L::splat(0.0); M];
-        for (h, b) in turned.iter().zip(factors.chunks_exact(columns)) {
-            let b = &b[start..];
-            let b: L = match b.first_chunk() {
-                Some(piece) => L::load(piece),
-                None => load_part(b),
-            };
-            for (total, &h) in totals.iter_mut().zip(h) {
-                *total = L::splat(h).mul_add(b, *total);
+        for (weights, factors) in weights.iter().zip(factors) {
+            let factors = L::load(factors);
+            for i in 0..M {
+                totals[i] = L::splat(weights[i]).mul_add(factors, totals[i]);
             }
         }
-        for (out, total) in out.iter_mut().flatten().zip(totals) {
-            if start < whole { out.piece(start, total) } else { out.rest(start, total) }
+        if p == pieces[0].len() {
+            for i in 0..M {
+                store_part(totals[i], rests[i]);
+            }
+        } else {
+            for i in 0..M {
+                T::store(totals[i], &mut pieces[i][p]);
+            }
         }
     }
 }

@@ -77,24 +77,6 @@ impl<'a, T: Element> Out<'a, T> {
         self.row[index].write(value);
     }
 
-    /// The sixteen elements from here on.
-    #[inline(always)]
-    pub(super) fn piece<L: Lanes>(&mut self, start: usize, lanes: L) {
-        let Some(room) = self.row[start..].first_chunk_mut() else { return };
-        if self.stream && start.is_multiple_of(LANES) {
-            // SAFETY: a row that is streamed begins at a multiple of 16, and a piece has 32 or 64 bytes.
-            unsafe { T::stream(lanes, room) };
-        } else {
-            T::store(lanes, room);
-        }
-    }
-
-    /// The elements from here on, fewer than sixteen.
-    #[inline(always)]
-    pub(super) fn rest<L: Lanes>(&mut self, start: usize, lanes: L) {
-        store_part(lanes, &mut self.row[start..]);
-    }
-
     /// For more than one pass.
     #[inline(always)]
     pub(crate) fn reborrow(&mut self) -> Out<'_, T> {
@@ -124,7 +106,7 @@ pub(super) fn load_part<L: Lanes, T: Element>(from: &[T]) -> L {
 }
 
 #[inline(always)]
-fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T>]) {
+pub(super) fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T>]) {
     let mut piece = [T::zero(); LANES];
     T::store(lanes, as_room(&mut piece));
     to.write_copy_of_slice(&piece[..to.len()]);
@@ -324,10 +306,7 @@ pub(super) fn sums<const A: usize, L: Lanes, T: Element, const N: usize, const K
     }
     let mut joined = [0.0; S];
     for (joined, total) in joined.iter_mut().zip(total) {
-        *joined = total.join(
-            #[inline(always)]
-            |a, b| a + b,
-        );
+        *joined = total.sum();
     }
     joined
 }

@@ -127,10 +127,7 @@ fn tile<L: Lanes, T: Element, const R: usize, const C: usize>(
     }
     for (i, totals) in totals.iter().enumerate() {
         for (total, sums) in totals.iter().zip(sums.iter_mut()) {
-            sums[i] += total.join(
-                #[inline(always)]
-                |a, b| a + b,
-            );
+            sums[i] += total.sum();
         }
     }
 }

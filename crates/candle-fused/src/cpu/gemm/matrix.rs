@@ -7,6 +7,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::super::dispatch;
+use super::super::lanes::{LANES, Piece};
+use super::pack::pack;
+
 /// Elements that are worth waking another thread.
 const ELEMENTS: usize = 64 * 1024;
 
@@ -114,19 +118,22 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Its elements in f32 in panels of [`LANES`] columns, for each row side by side, filled up with zero.
+    pub(crate) fn panels(self) -> Vec<Piece<f32>> {
+        let mut panels = vec![[0.0; LANES]; self.rows * self.columns.div_ceil(LANES)];
+        let to = panels.as_flattened_mut();
+        if !to.is_empty() {
+            pack(dispatch::isa(), &self, 0..self.rows, 0..self.columns, LANES, to);
+        }
+        panels
+    }
+
     /// Its elements in f32, row by row.
     pub(crate) fn to_f32(self) -> Vec<f32> {
         let mut wide = vec![0.0; self.rows * self.columns];
         if wide.len() < 2 * ELEMENTS {
-            match self.data {
-                _ if self.row_stride != 1 || self.column_stride == 1 => {
-                    for (i, to) in wide.chunks_exact_mut(self.columns.max(1)).enumerate() {
-                        self.widen_row(i, to);
-                    }
-                }
-                Data::F32(data) => self.turn(data, &mut wide, |x| x),
-                Data::F16(data) => self.turn(data, &mut wide, f16::to_f32),
-                Data::BF16(data) => self.turn(data, &mut wide, bf16::to_f32),
+            for (i, to) in wide.chunks_exact_mut(self.columns.max(1)).enumerate() {
+                self.widen_row(i, to);
             }
         } else {
             let rows = wide.par_chunks_exact_mut(self.columns).enumerate();
@@ -134,19 +141,6 @@ impl<'a> Matrix<'a> {
             rows.with_min_len(few).for_each(|(i, to)| self.widen_row(i, to));
         }
         wide
-    }
-
-    /// The rows of a matrix whose columns lie in one piece, some columns at a time.
-    fn turn<T: Copy>(&self, data: &[T], wide: &mut [f32], widen: impl Fn(T) -> f32) {
-        const AT_ONCE: usize = 16;
-        for first in (0..self.columns).step_by(AT_ONCE) {
-            for (i, row) in wide.chunks_exact_mut(self.columns).enumerate() {
-                let from = data[self.index(i, first)..].iter().step_by(self.column_stride.max(1));
-                for (to, &x) in row[first..].iter_mut().take(AT_ONCE).zip(from) {
-                    *to = widen(x);
-                }
-            }
-        }
     }
 
     pub(super) fn widen_row(&self, row: usize, to: &mut [f32]) {

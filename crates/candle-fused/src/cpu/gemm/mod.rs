@@ -31,8 +31,8 @@ use candle_core::DType;
 use rayon::prelude::*;
 
 use super::dispatch::{self, Isa, Vectorised};
-use super::lanes::{Element, LANES, Lanes};
-use super::rows::{Out, load_part};
+use super::lanes::{Element, Lanes};
+use super::rows::{load_part, store_part};
 use kernel::{Kernel, Pairs, Tile};
 pub(crate) use matrix::{Data, Matrix};
 
@@ -83,13 +83,13 @@ impl<T: Element> Vectorised for Rounding<'_, T> {
     #[inline(always)]
     #[expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
     fn run<L: Lanes>(self) {
-        let (pieces, rest) = self.from.as_chunks::<LANES>();
-        let mut out = Out::new(self.to, false);
-        for (i, piece) in pieces.iter().enumerate() {
-            out.piece(i * LANES, L::load(piece));
+        let (pieces, rest) = self.from.as_chunks();
+        let (rooms, rest_to) = self.to.as_chunks_mut();
+        for (piece, room) in pieces.iter().zip(rooms) {
+            T::store(L::load(piece), room);
         }
         if !rest.is_empty() {
-            out.rest(pieces.len() * LANES, load_part::<L, f32>(rest));
+            store_part(load_part::<L, f32>(rest), rest_to);
         }
     }
 }

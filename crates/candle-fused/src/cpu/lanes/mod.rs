@@ -111,6 +111,15 @@ pub(crate) trait Lanes:
         Self::load(&lanes)
     }
 
+    /// The sum of the lanes, in the order of [`Self::join`].
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        self.join(
+            #[inline(always)]
+            |a, b| a + b,
+        )
+    }
+
     /// The lanes joined pairwise, always in the same order.
     #[inline(always)]
     fn join(self, join: impl Fn(f32, f32) -> f32) -> f32 {

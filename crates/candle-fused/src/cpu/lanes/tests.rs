@@ -153,6 +153,11 @@ fn lanes_compute_as_floats_do() {
         let a = L::load(&std::array::from_fn(|l| l as f32));
         assert_eq!(a.mul_add(a, L::splat(0.5)).to_array(), std::array::from_fn(|l| (l * l) as f32 + 0.5));
         assert_eq!(a.join(|a, b| a + b), 120.0);
+        for i in 1..100 {
+            // Sums whose last bits tell the order.
+            let a = L::load(&std::array::from_fn(|l| 1.0 / (16 * i + l) as f32));
+            assert_eq!(a.sum(), a.join(|a, b| a + b), "{isa:?} {i}");
+        }
         let shifted = a - L::splat(8.0) + L::splat(ROUND);
         let expected = std::array::from_fn(|l| 1.25 * (l as f32 - 8.0).exp2());
         assert_eq!(L::splat(1.25).add_to_exponent(shifted).to_array(), expected);

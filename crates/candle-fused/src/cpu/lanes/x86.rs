@@ -109,6 +109,16 @@ fn widen_bf16(half: __m128i) -> __m256 {
     x86!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
 }
 
+/// The pairwise sum of eight lanes.
+#[inline(always)]
+fn sum(x: __m256) -> f32 {
+    x86!({
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    })
+}
+
 impl Lanes for Avx2 {
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -297,6 +307,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn sum(self) -> f32 {
+        let [low, high] = self.0;
+        sum(x86!(_mm256_add_ps(low, high)))
+    }
+
+    #[inline(always)]
     fn swap_pairs(self) -> Self {
         self.map(
             #[inline(always)]
@@ -476,6 +492,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn all_within(self, bound: f32) -> bool {
         x86!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(self.0), _mm512_set1_ps(bound)) == 0xFFFF)
+    }
+
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        sum(x86!(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))))
     }
 
     #[inline(always)]
