@@ -22,7 +22,8 @@ pub(crate) enum Isa {
 }
 
 /// The best of this processor, or less if the environment variable `CANDLE_FUSED_SIMD` says so: `scalar`, `neon`,
-/// `avx2` or `avx512` (without bf16 products). Read once; another value is warned of, and is no limit.
+/// `avx2`, `avx512` (without bf16 products) or `avx512bf16` (without AMX). Read once; another value is warned of, and is no
+/// limit.
 pub(crate) fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {
@@ -31,8 +32,12 @@ pub(crate) fn isa() -> Isa {
             Ok("neon") => Isa::Neon,
             Ok("avx2") => Isa::Avx2,
             Ok("avx512") => Isa::Avx512,
+            Ok("avx512bf16") => Isa::Avx512Bf16,
             Ok(other) => {
-                tracing::warn!(CANDLE_FUSED_SIMD = other, "not one of scalar, neon, avx2, avx512: no limit");
+                tracing::warn!(
+                    CANDLE_FUSED_SIMD = other,
+                    "not one of scalar, neon, avx2, avx512, avx512bf16: no limit"
+                );
                 Isa::Amx
             }
             Err(_) => Isa::Amx,
@@ -141,9 +146,13 @@ mod tests {
     /// Run again with a cap, in a process of its own: the cap is read once.
     #[test]
     fn the_cap_is_obeyed() {
-        for (cap, limit) in
-            [("scalar", Isa::Scalar), ("neon", Isa::Neon), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512)]
-        {
+        for (cap, limit) in [
+            ("scalar", Isa::Scalar),
+            ("neon", Isa::Neon),
+            ("avx2", Isa::Avx2),
+            ("avx512", Isa::Avx512),
+            ("avx512bf16", Isa::Avx512Bf16),
+        ] {
             let mut capped = std::process::Command::new(std::env::current_exe().unwrap());
             let output = capped
                 .args(["--exact", "cpu::dispatch::tests::what_runs", "--nocapture"])

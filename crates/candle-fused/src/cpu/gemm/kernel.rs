@@ -6,6 +6,7 @@
 //! width and wherever in a tile it lies.
 
 use super::super::dispatch::Isa;
+#[cfg(target_arch = "x86_64")]
 use super::STEPS;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx;
