@@ -172,21 +172,22 @@ KERNEL(lora_update, DEVICE const T* x, DEVICE const ADAPTER* a, DEVICE const ADA
     if (KEEP) {
         for (uint i = TID.x; i < row_count * RANK; i += TG_SIZE.x) kept[ulong(first_row) * RANK + i] = s[i];
     }
-    if (!UPDATE) return;
-    for (uint columns = first_column; columns < p.outputs; columns += UP_COLUMNS * stretch) {
-        for (uint j = 0u; j < UP_COLUMNS; j++) {
-            const uint column = columns + j * stretch;
-            if (column >= p.outputs) continue;
-            THREAD float* of_column = w + j * UP_TILE * UP_WIDTH;
-            float update[ROWS * UP_WIDTH];
-            for (uint i = 0u; i < ROWS * UP_WIDTH; i++) update[i] = 0.0f;
-            for (uint rank = 0u; rank < RANK; rank += UP_TILE) {
-                if (rank != 0u || columns != first_column) load_up(b, p, rank, column, of_column);
-                expand(s, rank, of_column, update);
-            }
-            for (uint row = 0u; row < ROWS; row++) {
-                if (row < row_count)
-                    finish(update + row * UP_WIDTH, base, y, p, ulong(first_row + row) * p.outputs + column);
+    if (UPDATE) {
+        for (uint columns = first_column; columns < p.outputs; columns += UP_COLUMNS * stretch) {
+            for (uint j = 0u; j < UP_COLUMNS; j++) {
+                const uint column = columns + j * stretch;
+                if (column >= p.outputs) continue;
+                THREAD float* of_column = w + j * UP_TILE * UP_WIDTH;
+                float update[ROWS * UP_WIDTH];
+                for (uint i = 0u; i < ROWS * UP_WIDTH; i++) update[i] = 0.0f;
+                for (uint rank = 0u; rank < RANK; rank += UP_TILE) {
+                    if (rank != 0u || columns != first_column) load_up(b, p, rank, column, of_column);
+                    expand(s, rank, of_column, update);
+                }
+                for (uint row = 0u; row < ROWS; row++) {
+                    if (row < row_count)
+                        finish(update + row * UP_WIDTH, base, y, p, ulong(first_row + row) * p.outputs + column);
+                }
             }
         }
     }
