@@ -17,8 +17,8 @@ use candlewick_kernels::{Buffer, Element, Launch, Plan, Role, Storage, Tuning, l
 
 pub(crate) use super::pipelines::kept;
 use super::pipelines::{Prepared, Recipe};
-use super::{Attempt, Failure};
-use crate::DeviceError;
+use super::{Attempt, DeviceKind, Failure, has_kernels};
+use crate::{DeviceError, telemetry};
 
 /// Compiles and dispatches launches on one device.
 pub(super) trait Executor {
@@ -104,10 +104,16 @@ pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
         return Ok(tensor.clone());
     }
     let Some(rows) = Rows::of(tensor)? else { return tensor.contiguous() };
+    let kind = DeviceKind::of(tensor.device());
     // No table is read where no column turns.
     match run(&[tensor; 3], &[tensor.shape()], kept(rows.0, Rope::forward)) {
         Ok(mut outputs) => outputs.take(),
-        Err(Failure::Device(_)) => tensor.contiguous(),
+        Err(Failure::Device(error)) => {
+            if has_kernels(kind) {
+                telemetry::warn_once("contiguous", kind, &error);
+            }
+            tensor.contiguous()
+        }
         Err(Failure::Tensor(error)) => Err(error),
     }
 }

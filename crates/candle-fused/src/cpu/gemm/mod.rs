@@ -266,8 +266,10 @@ fn tasks(
         across = across.next_multiple_of(threads).min(panels);
     }
     // Whole tiles of either kind, where there are two.
-    let tall =
-        kernel.pairs.map_or(kernel.rows, |pairs| if pairs.rows == kernel.rows { pairs.rows } else { ROWS });
+    let tall = match kernel.pairs {
+        Some(pairs) if pairs.rows != kernel.rows => ROWS,
+        _ => kernel.rows,
+    };
     let groups = m.div_ceil(tall);
     let mut down = wanted.div_ceil(across).min(groups.div_ceil(4));
     if rounded {
