@@ -16,6 +16,8 @@ pub const MAX_THREADGROUP_BYTES: u32 = 32 * 1024;
 pub const MAX_GRID_YZ: u32 = 65_535;
 /// The alignment, in bytes, of a vector access.
 pub const VECTOR_BYTES: usize = 16;
+/// The dialect's `TILE`: rows, and columns, of the tiles that matrix units multiply.
+pub const TILE: usize = 16;
 
 /// The dictionary that a text is assembled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,6 +168,12 @@ impl Buffer {
 /// The file a kernel is written in, `kernels/<op>.metal`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KernelFile {
+    /// `add.metal`
+    Add,
+    /// `attention.metal`
+    Attention,
+    /// `attention_backward.metal`
+    AttentionBackward,
     /// `softmax.metal`
     Softmax,
     /// `rms_norm.metal`

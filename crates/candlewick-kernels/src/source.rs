@@ -21,6 +21,7 @@ macro_rules! source_file {
     };
 }
 
+const ATTENTION: SourceFile = source_file!("kernels/common/attention.h");
 const CHUNK: SourceFile = source_file!("kernels/common/chunk.h");
 const ROW: SourceFile = source_file!("kernels/common/row.h");
 const PHILOX: SourceFile = source_file!("kernels/common/philox.h");
@@ -39,7 +40,10 @@ impl Target {
 
 impl KernelFile {
     /// Every file.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
+        Self::Add,
+        Self::Attention,
+        Self::AttentionBackward,
         Self::Softmax,
         Self::RmsNorm,
         Self::LayerNorm,
@@ -57,6 +61,9 @@ impl KernelFile {
     #[must_use]
     pub const fn source(self) -> SourceFile {
         match self {
+            Self::Add => source_file!("kernels/add.metal"),
+            Self::Attention => source_file!("kernels/attention.metal"),
+            Self::AttentionBackward => source_file!("kernels/attention_backward.metal"),
             Self::Softmax => source_file!("kernels/softmax.metal"),
             Self::RmsNorm => source_file!("kernels/rms_norm.metal"),
             Self::LayerNorm => source_file!("kernels/layer_norm.metal"),
@@ -71,12 +78,19 @@ impl KernelFile {
         }
     }
 
+    /// Whether its text has tiles, which CUDA has from compute capability 8.0 on.
+    #[must_use]
+    pub const fn needs_matrix_units(self) -> bool {
+        matches!(self, Self::Attention | Self::AttentionBackward)
+    }
+
     /// The common parts it builds on, in order.
     #[must_use]
     pub const fn parts(self) -> &'static [SourceFile] {
         match self {
             Self::Softmax | Self::RmsNorm | Self::LayerNorm | Self::CrossEntropy => &[CHUNK, ROW],
-            Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
+            Self::Attention | Self::AttentionBackward => &[ATTENTION],
+            Self::Add | Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
             Self::Lora | Self::LoraGradient | Self::LoraMask => &[CHUNK, PHILOX],
             Self::ColumnSum => &[],
         }

@@ -262,9 +262,10 @@ fn dialect_words() -> BTreeSet<String> {
             }
         }
     }
-    for internal in ["size_t", "uint32_t", "operator", "simulator_fma", "|"] {
+    for internal in ["size_t", "uint32_t", "operator", "|", "TILE_MULTIPLY", "tile_matrix", "tile_values"] {
         words.remove(internal);
     }
+    words.retain(|word| !word.starts_with("simulator_") && !word.starts_with("tile_matrices"));
     words
 }
 

@@ -16,6 +16,7 @@ struct Hooks {
     void (*enter)(const void* caller);
     void (*leave)();
     uint32_t (*simd)(uint32_t operation, uint32_t bits, const char* file, uint32_t line);
+    void (*tile_multiply)(float* sum, const float* left, const float* right, const char* file, uint32_t line);
     void (*barrier)(uint32_t flags, const char* file, uint32_t line);
     void* (*threadgroup_array)(const char* name, size_t bytes, const void* caller);
     void (*multiply)();
@@ -29,6 +30,9 @@ __attribute__((visibility("default"))) void simulator_attach(const Hooks* table)
 // ---- simulator.h ----
 HIDDEN uint32_t simulator_simd(uint32_t operation, uint32_t bits, const char* file, int line) {
     return hooks.simd(operation, bits, file, uint32_t(line));
+}
+HIDDEN void simulator_tile_multiply(float* sum, const float* left, const float* right, const char* file, int line) {
+    hooks.tile_multiply(sum, left, right, file, uint32_t(line));
 }
 HIDDEN void simulator_barrier(uint32_t flags, const char* file, int line) { hooks.barrier(flags, file, uint32_t(line)); }
 HIDDEN void* simulator_threadgroup_array(size_t bytes, size_t, const char* name, const char*, int) {

@@ -8,9 +8,13 @@ use crate::fiber::switch;
 use crate::findings::Finding;
 use crate::machine::{Access, Flow, Machine};
 use crate::report::Kind;
-use crate::threadgroup::{Place, What};
+use crate::threadgroup::{LANES, Operand, Place, Tiles, What};
+use candlewick_kernels::launch::TILE;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char};
+
+/// A lane's part in a product of tiles.
+const MULTIPLICATIONS_OF_A_LANE: u64 = (TILE * TILE * TILE / LANES) as u64;
 
 thread_local! {
     static MACHINE: RefCell<Option<Machine>> = const { RefCell::new(None) };
@@ -70,14 +74,25 @@ pub(crate) struct Hooks {
     enter: extern "C" fn(usize),
     leave: extern "C" fn(),
     simd: extern "C" fn(u32, u32, *const c_char, u32) -> u32,
+    tile_multiply: extern "C" fn(*mut f32, *const f32, *const f32, *const c_char, u32),
     barrier: extern "C" fn(u32, *const c_char, u32),
     threadgroup_array: unsafe extern "C" fn(*const c_char, usize, usize) -> usize,
     multiply: extern "C" fn(),
     undefined: unsafe extern "C" fn(bool, *const c_char, usize),
 }
 
-pub(crate) static TABLE: Hooks =
-    Hooks { access, vector, enter, leave, simd, barrier, threadgroup_array, multiply, undefined };
+pub(crate) static TABLE: Hooks = Hooks {
+    access,
+    vector,
+    enter,
+    leave,
+    simd,
+    tile_multiply,
+    barrier,
+    threadgroup_array,
+    multiply,
+    undefined,
+};
 
 extern "C" fn access(address: usize, bytes: usize, write: bool, caller: usize) {
     if with(|machine| machine.access(Access { address, bytes, write, caller })) == Flow::Stop {
@@ -98,13 +113,30 @@ extern "C" fn leave() {
 }
 
 extern "C" fn simd(operation: u32, bits: u32, file: *const c_char, line: u32) -> u32 {
-    with(|machine| machine.threadgroup.wait(What::Simd(operation), bits, Place { file, line }));
+    with(|machine| {
+        machine.threadgroup.wait(What::Simd(operation), Operand::Bits(bits), Place { file, line })
+    });
     suspend();
     with(|machine| machine.threadgroup.result())
 }
 
+extern "C" fn tile_multiply(
+    sum: *mut f32,
+    left: *const f32,
+    right: *const f32,
+    file: *const c_char,
+    line: u32,
+) {
+    let tiles = Operand::Tiles(Tiles { sum, left, right });
+    with(|machine| {
+        machine.multiplications += MULTIPLICATIONS_OF_A_LANE;
+        machine.threadgroup.wait(What::TileMultiply, tiles, Place { file, line });
+    });
+    suspend();
+}
+
 extern "C" fn barrier(flags: u32, file: *const c_char, line: u32) {
-    with(|machine| machine.threadgroup.wait(What::Barrier(flags), 0, Place { file, line }));
+    with(|machine| machine.threadgroup.wait(What::Barrier(flags), Operand::Nothing, Place { file, line }));
     suspend();
 }
 

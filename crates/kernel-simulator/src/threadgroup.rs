@@ -10,6 +10,8 @@ use candlewick_kernels::launch::SIMDGROUP_SIZE;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 
+mod tiles;
+
 /// Lanes of a simdgroup.
 pub(crate) const LANES: usize = SIMDGROUP_SIZE as usize;
 
@@ -51,6 +53,25 @@ pub(crate) enum What {
     Barrier(u32),
     /// An operation of the simdgroup, by the dialect's number.
     Simd(u32),
+    /// A product of tiles.
+    TileMultiply,
+}
+
+/// What a thread brings to a meeting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Operand {
+    Nothing,
+    /// A value's bits.
+    Bits(u32),
+    Tiles(Tiles),
+}
+
+/// The values of three tiles that a lane holds: `sum += left · right`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Tiles {
+    pub(crate) sum: *mut f32,
+    pub(crate) left: *const f32,
+    pub(crate) right: *const f32,
 }
 
 /// What keeps a thread from running.
@@ -58,7 +79,7 @@ pub(crate) enum What {
 enum Status {
     Ready,
     /// It waits for the others, with its operand.
-    Waiting(Meeting, u32),
+    Waiting(Meeting, Operand),
     /// Its kernel has returned.
     Finished,
 }
@@ -170,7 +191,7 @@ impl Threadgroup {
     }
 
     /// Notes what the running thread waits for. It is suspended next.
-    pub(crate) fn wait(&mut self, what: What, operand: u32, place: Place) {
+    pub(crate) fn wait(&mut self, what: What, operand: Operand, place: Place) {
         let meeting = Meeting { what, place, path: self.path() };
         self.fibers[self.current].status = Status::Waiting(meeting, operand);
     }
@@ -203,11 +224,13 @@ impl Threadgroup {
     /// Completes the simd operation of every simdgroup whose lanes all wait for the same one.
     fn meet_simdgroups(&mut self) {
         for (simdgroup, lanes) in self.fibers.chunks_mut(LANES).enumerate() {
-            if let Some(Meeting { what: What::Simd(operation), .. }) = common(lanes) {
-                combine(operation, lanes);
-                let first = simdgroup * LANES;
-                self.ready.extend(first..first + lanes.len());
+            match common(lanes).map(|meeting| meeting.what) {
+                Some(What::Simd(operation)) => combine(operation, lanes),
+                Some(What::TileMultiply) => tiles::multiply(lanes),
+                _ => continue,
             }
+            let first = simdgroup * LANES;
+            self.ready.extend(first..first + lanes.len());
         }
     }
 
@@ -263,12 +286,12 @@ impl Fiber {
 
 impl Status {
     fn waits_for_simdgroup(&self) -> bool {
-        matches!(self, Self::Waiting(Meeting { what: What::Simd(_), .. }, _))
+        matches!(self, Self::Waiting(Meeting { what: What::Simd(_) | What::TileMultiply, .. }, _))
     }
 
-    fn operand(&self) -> u32 {
+    fn bits(&self) -> u32 {
         match self {
-            Self::Waiting(_, operand) => *operand,
+            Self::Waiting(_, Operand::Bits(bits)) => *bits,
             _ => 0,
         }
     }
@@ -284,6 +307,7 @@ impl Status {
                 let what = match meeting.what {
                     What::Barrier(_) => "barrier",
                     What::Simd(_) => "simd operation",
+                    What::TileMultiply => "product of tiles",
                 };
                 // The path tells two calls of one helper apart, and is short enough to show.
                 let path = meeting.path & 0xfff;
@@ -305,17 +329,16 @@ fn together(fibers: &[Fiber]) -> bool {
     common(fibers).is_some() || fibers.iter().all(|fiber| fiber.status == Status::Finished)
 }
 
-/// Gives every lane the result of a simd operation over all of them.
+/// Gives every lane the result of a simd operation over all of them, or over those that hold the same rows of a tile.
 fn combine(operation: u32, lanes: &mut [Fiber]) {
-    let mut values: Vec<u32> = lanes.iter().map(|lane| lane.status.operand()).collect();
+    let mut values: Vec<u32> = lanes.iter().map(|lane| lane.status.bits()).collect();
+    let distances: &[usize] = if operation < 4 { &[16, 8, 4, 2, 1] } else { &tiles::SAME_ROWS };
     // A butterfly, in which every lane computes the same sum in the same order.
-    let mut distance = LANES / 2;
-    while distance > 0 {
+    for distance in distances {
         let before = values.clone();
         for (lane, value) in values.iter_mut().enumerate() {
             *value = both(operation, before[lane], before[lane ^ distance]);
         }
-        distance /= 2;
     }
     for (lane, value) in lanes.iter_mut().zip(values) {
         lane.result = value;
@@ -327,9 +350,9 @@ fn combine(operation: u32, lanes: &mut [Fiber]) {
 fn both(operation: u32, a: u32, b: u32) -> u32 {
     let (x, y) = (f32::from_bits(a), f32::from_bits(b));
     match operation {
-        0 => (x + y).to_bits(),
+        0 | 4 => (x + y).to_bits(),
         1 => a.wrapping_add(b),
-        2 => x.max(y).to_bits(),
+        2 | 5 => x.max(y).to_bits(),
         _ => a.min(b),
     }
 }

@@ -68,6 +68,10 @@ impl Compiler for Cuda {
     fn module(&self, launch: &Launch) -> std::result::Result<Arc<CudaModule>, DeviceError> {
         let (text, context) = (launch.source(Target::Cuda), self.stream.context());
         let (major, minor) = context.compute_capability().map_err(|error| rejected(launch, &error))?;
+        if launch.file.needs_matrix_units() && major < 8 {
+            let what = format!("tiles before compute capability 8.0, it has {major}.{minor}");
+            return Err(DeviceError::Unsupported { what });
+        }
         let mut refused = String::new();
         for code in nvrtc::codes(launch.kernel, major * 10 + minor)? {
             let image = nvrtc::compile(launch.kernel, &text, code)?;

@@ -118,6 +118,21 @@ pub(crate) fn contiguous(tensor: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// `tensor`, or a copy of it, in which every row of the last dimension begins at a multiple of 16 bytes, if rows are such
+/// multiples.
+pub(crate) fn vector_rows(tensor: &Tensor) -> Result<Tensor> {
+    let vector = storage(tensor)?.vector();
+    let strides_fit = match tensor.stride() {
+        [outer @ .., 1] => outer.iter().all(|stride| stride.is_multiple_of(vector)),
+        _ => false,
+    };
+    if strides_fit && offset(tensor).is_multiple_of(VECTOR_BYTES) {
+        return Ok(tensor.clone());
+    }
+    // A contiguous tensor is its own copy, wherever it begins.
+    if tensor.is_contiguous() { tensor.force_contiguous() } else { contiguous(tensor) }
+}
+
 /// Rows that are contiguous themselves, wherever they lie. The rotary embedding reads such rows and leaves them in order;
 /// one that turns no column is their copy, in vectors and at the memory's speed, which Candle's element by element is not.
 struct Rows(Rope);

@@ -88,7 +88,7 @@ impl std::fmt::Display for DeviceKind {
 /// What an operation needs to run fused.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Needs {
-    /// Nothing but Candle's products and sums, with a backward of ours.
+    /// Nothing but Candle's products, with a backward of ours.
     Candle,
     /// Kernels of its own.
     Kernels,
@@ -108,7 +108,7 @@ const OPS: [(&str, Needs); 13] = [
     ("lora_delta", Needs::Kernels),
     ("lora_linear", Needs::Kernels),
     ("frozen_linear", Needs::Candle),
-    ("add", Needs::Candle),
+    ("add", Needs::Kernels),
 ];
 
 /// Whether this build has kernels for a kind of device.

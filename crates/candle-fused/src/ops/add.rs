@@ -1,9 +1,10 @@
 //! The sum of two tensors of one shape: the residual stream. Backward: `dx = dy = g`.
 
 use candle_core::{Result, Tensor};
+use candlewick_kernels::add::Add as Plans;
 
 use crate::backend::cpu::map_element;
-use crate::backend::{self, Attempt, Kernel};
+use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::elements as row;
 use crate::graph::{self, Backward};
@@ -64,8 +65,9 @@ impl Kernel for Sum<'_> {
         map_element([self.x, self.y], &row::Add)
     }
 
-    /// Candle's own sum is the kernel.
     fn gpu(&self) -> Attempt<Tensor> {
-        Ok((self.x.contiguous()? + self.y.contiguous()?)?)
+        let (x, y) = (gpu::contiguous(self.x)?, gpu::contiguous(self.y)?);
+        let plans = Plans { elements: x.elem_count(), storage: gpu::storage(&x)? };
+        Ok(gpu::run(&[&x, &y], &[x.shape()], gpu::kept(plans, Plans::forward))?.take()?)
     }
 }

@@ -7,16 +7,20 @@
 //! `dv = Pᵀ·g`, `ds = scale·P∘(g·vᵀ − Σ_k P∘(g·vᵀ))`, `dq = ds·k`, `dk = dsᵀ·q`. The gradients of shared keys and values
 //! are the sums over their group, in its order.
 //!
-//! On a GPU some queries of some groups of heads are taken at a time: their scores exist between two of Candle's products
-//! and a softmax, and again in the backward. Under the causal mask a part has no keys after its last query's.
+//! On a GPU the heads' rows are tiles of 16-bit values, multiplied by its matrix units: scores exist in registers alone
+//! (`kernels/attention.metal`), and the logarithms of the sums of their exponentials are saved for the backward. What has no such
+//! tiles is done by products ([`attention_products`]).
 
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
+use candlewick_kernels::attention::{Attention as Plans, AttentionGradients};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::attention_products;
 use super::softmax::{self, Mask, SoftmaxOptions};
+use crate::DeviceError;
 use crate::backend::products::{Heads, with_heads};
-use crate::backend::{self, Attempt, Kernel, gpu};
+use crate::backend::{self, Attempt, Failure, Kernel, gpu};
 use crate::check;
 use crate::cpu::attention::{Head, HeadGradients, QUERIES};
 use crate::cpu::gemm;
@@ -24,12 +28,6 @@ use crate::cpu::lanes::Element;
 use crate::graph::{self, Backward};
 
 const OP: &str = "attention";
-
-/// Scores that exist at a time on a GPU, if that is more than those of one group of heads.
-const SCORES: usize = 1 << 27;
-/// Parts of the queries under the causal mask, where that leaves each so many.
-const SPANS: usize = 4;
-const SPAN: usize = 256;
 
 /// `softmax(scale · q·kᵀ)·v` for queries `q [b, t, h, d]`, keys and values `k, v [b, s, g, d]` (f32, f16 or bf16, views of
 /// any strides), in `q`'s shape and dtype. `g` divides `h`: query head `i` reads head `i / (h/g)` of keys and values.
@@ -88,145 +86,126 @@ fn composed(
 
 fn fused(q: &Tensor, k: &Tensor, v: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
     let arguments = [q, k, v].map(Tensor::detach);
-    let y = backend::run(q.device(), &Forward { arguments: &arguments, options })?;
-    Ok(graph::record3(q, k, v, y, Attention { options })?)
+    let Attended { y, logarithms } = backend::run(q.device(), &Forward { arguments: &arguments, options })?;
+    Ok(graph::record3(q, k, v, y, Attention { options, logarithms })?)
 }
 
-struct Forward<'a> {
+pub(super) struct Forward<'a> {
     /// q, k and v
-    arguments: &'a [Tensor; 3],
-    options: SoftmaxOptions,
+    pub(super) arguments: &'a [Tensor; 3],
+    pub(super) options: SoftmaxOptions,
+}
+
+/// A forward's result, and what tiles save for the backward.
+pub(super) struct Attended {
+    pub(super) y: Tensor,
+    logarithms: Option<Tensor>,
 }
 
 impl Kernel for Forward<'_> {
-    type Output = Tensor;
+    type Output = Attended;
 
-    fn cpu(&self) -> Result<Tensor> {
+    fn cpu(&self) -> Result<Attended> {
         let [q, k, v] = self.arguments;
-        match q.dtype() {
+        let y = match q.dtype() {
             DType::F32 => forward::<f32>(q, k, v, self.options),
             DType::F16 => forward::<f16>(q, k, v, self.options),
             _ => forward::<bf16>(q, k, v, self.options),
-        }
+        };
+        Ok(Attended { y: y?, logarithms: None })
     }
 
-    fn gpu(&self) -> Attempt<Tensor> {
-        self.in_parts(SCORES, SPAN)
-    }
-}
-
-impl Forward<'_> {
-    /// The output of [`Kernel::gpu`], with so many scores at a time and at least so many queries.
-    fn in_parts(&self, scores: usize, span: usize) -> Attempt<Tensor> {
+    fn gpu(&self) -> Attempt<Attended> {
         let [q, k, v] = self.arguments;
-        let groups = Groups::of(q, k, self.options)?;
-        if groups.is_empty() {
-            return Ok(q.zeros_like()?);
+        if is_empty(q, k) {
+            return Ok(Attended { y: q.zeros_like()?, logarithms: None });
         }
-        let [q, k, v] = [groups.rows(q)?, groups.rows(k)?, groups.rows(v)?];
-        let mut spans = Vec::new();
-        for span in groups.spans(span) {
-            let q = span.queries(&q)?;
-            let part = |(first, count)| -> Attempt<Tensor> {
-                let q = q.narrow(0, first, count)?;
-                let [k, v] = [span.keys(&k, first, count)?, span.keys(&v, first, count)?];
-                Ok(span.weights(&q, &k, self.options)?.matmul(&v)?)
-            };
-            let parts = groups.parts(&span, scores).map(part).collect::<Attempt<Vec<Tensor>>>()?;
-            spans.push(gpu::contiguous(&groups.heads(&Tensor::cat(&parts, 0)?, groups.heads)?)?);
+        if let Some(tiles) = Tiles::of([q, k, v], self.options)? {
+            match tiles.forward() {
+                Err(Failure::Device(DeviceError::Unsupported { .. })) => {}
+                attempt => return attempt,
+            }
         }
-        Ok(Tensor::cat(&spans, 1)?.contiguous()?)
+        Ok(Attended { y: attention_products::forward(self.arguments, self.options)?, logarithms: None })
     }
 }
 
-/// How heads lie together on a GPU: those of all batches that share keys are the rows of one product with these.
-struct Groups {
-    batches: usize,
-    queries: usize,
-    keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    width: usize,
-    causal: bool,
+/// Whether there is nothing to compute, or nothing to compute it from.
+fn is_empty(q: &Tensor, k: &Tensor) -> bool {
+    q.elem_count() == 0 || k.elem_count() == 0
 }
 
-/// Some consecutive queries of every head, and how many keys they see.
-struct Span {
-    first: usize,
-    count: usize,
-    keys: usize,
-    /// Query heads that share keys.
-    shared: usize,
+/// Attention by tiles, with arguments whose rows are vectors.
+struct Tiles {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Plans,
 }
 
-impl Span {
-    /// Of the rows `[b·g, h/g·t, d]` those of this span.
-    fn queries(&self, rows: &Tensor) -> Result<Tensor> {
-        let (groups, all, width) = rows.dims3()?;
-        if all == self.shared * self.count {
-            return Ok(rows.clone());
+impl Tiles {
+    /// None where there are no kernels for such heads.
+    fn of(arguments: [&Tensor; 3], options: SoftmaxOptions) -> Result<Option<Self>> {
+        let ((batch, queries, heads, width), (_, keys, kv_heads, _)) =
+            (arguments[0].dims4()?, arguments[1].dims4()?);
+        let storage = gpu::storage(arguments[0])?;
+        if !Plans::supports(storage, width, queries.max(keys), options.scale) {
+            return Ok(None);
         }
-        let of_span = rows.reshape((groups, self.shared, (), width))?.narrow(2, self.first, self.count)?;
-        gpu::contiguous(&of_span)?.reshape((groups, self.shared * self.count, width))
+        let [q, k, v] = arguments.map(gpu::vector_rows);
+        let (q, k, v) = (q?, k?, v?);
+        let plans = Plans {
+            batch,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            width,
+            q: strides(&q),
+            k: strides(&k),
+            v: strides(&v),
+            storage,
+            scale: options.scale,
+            causal: options.mask == Mask::Causal,
+        };
+        Ok(Some(Self { q, k, v, plans }))
     }
 
-    /// Of the keys `[b·g, s, d]` of some groups those that this span sees.
-    fn keys(&self, rows: &Tensor, first: usize, count: usize) -> Result<Tensor> {
-        rows.narrow(0, first, count)?.narrow(1, 0, self.keys)
+    fn forward(&self) -> Attempt<Attended> {
+        let Self { q, k, v, plans } = self;
+        let logarithms = Shape::from((plans.batch, plans.heads, plans.queries));
+        let recipe = gpu::kept(*plans, Plans::forward);
+        let mut outputs = gpu::run(&[q, k, v], &[q.shape(), &logarithms], recipe)?;
+        Ok(Attended { y: outputs.take()?, logarithms: Some(outputs.take()?) })
     }
 
-    /// The scores `[n, h/g·t, s]` of some groups as `[n·h/g, t, s]`, which a mask knows.
-    fn by_query(&self, scores: &Tensor) -> Result<Tensor> {
-        scores.reshape(((), self.count, self.keys))
-    }
-
-    /// `softmax(scale·q·kᵀ)` of some groups, `[n, h/g·t, s]`.
-    fn weights(&self, q: &Tensor, k: &Tensor, options: SoftmaxOptions) -> Attempt<Tensor> {
-        let scores = q.matmul(&k.t()?)?;
-        Ok(softmax::in_place(&self.by_query(&scores)?, options)?.reshape(scores.shape())?)
+    /// The gradients that are wanted, from the forward's results and the gradient of `y`.
+    fn backward(
+        &self,
+        y: &Tensor,
+        logarithms: &Tensor,
+        grad: &Tensor,
+        wanted: [bool; 3],
+    ) -> Attempt<[Option<Tensor>; 3]> {
+        let Self { q, k, v, plans } = self;
+        let (y, grad) = (gpu::vector_rows(&gpu::contiguous(y)?)?, gpu::vector_rows(grad)?);
+        let shapes = [(q, wanted[0]), (k, wanted[1]), (v, wanted[2])];
+        let shapes: Vec<&Shape> =
+            shapes.iter().filter(|(_, wanted)| *wanted).map(|(x, _)| x.shape()).collect();
+        let [of_q, of_k, of_v] = wanted;
+        let constants = (*plans, strides(&grad), AttentionGradients { q: of_q, k: of_k, v: of_v });
+        let recipe =
+            gpu::kept(constants, |&(plans, grad, wanted), tuning| plans.backward(grad, wanted, tuning));
+        let mut outputs = gpu::run(&[q, k, v, &y, logarithms, &grad], &shapes, recipe)?;
+        Ok([outputs.take_if(of_q)?, outputs.take_if(of_k)?, outputs.take_if(of_v)?])
     }
 }
 
-impl Groups {
-    fn of(q: &Tensor, k: &Tensor, options: SoftmaxOptions) -> Result<Self> {
-        let ((batches, queries, heads, width), (_, keys, kv_heads, _)) = (q.dims4()?, k.dims4()?);
-        let causal = options.mask == Mask::Causal;
-        Ok(Self { batches, queries, keys, heads, kv_heads, width, causal })
-    }
-
-    fn is_empty(&self) -> bool {
-        self.batches * self.queries * self.heads * self.width * self.keys == 0
-    }
-
-    /// `[b, tokens, heads, d]` as `[b·g, rows, d]`.
-    fn rows(&self, x: &Tensor) -> Result<Tensor> {
-        let groups = self.batches * self.kv_heads;
-        let rows = x.elem_count() / (groups * self.width);
-        gpu::contiguous(&x.transpose(1, 2)?)?.reshape((groups, rows, self.width))
-    }
-
-    /// The other way, a view: `heads` are those of queries or of keys.
-    fn heads(&self, rows: &Tensor, heads: usize) -> Result<Tensor> {
-        rows.reshape((self.batches, heads, (), self.width))?.transpose(1, 2)
-    }
-
-    /// All queries, in parts of `least` at least if there are so many, where the mask hides keys from the earlier ones.
-    fn spans(&self, least: usize) -> impl Iterator<Item = Span> {
-        let size = if self.causal { self.queries.div_ceil(SPANS).max(least) } else { self.queries };
-        (0..self.queries).step_by(size.max(1)).map(move |first| {
-            let count = size.min(self.queries - first);
-            let keys = if self.causal { first + count + self.keys - self.queries } else { self.keys };
-            Span { first, count, keys, shared: self.heads / self.kv_heads }
-        })
-    }
-
-    /// The first group and the number of groups of each part, none of which has more scores than this unless it is one
-    /// group.
-    fn parts(&self, span: &Span, scores: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let all = self.batches * self.kv_heads;
-        let of_group = span.shared * span.count * span.keys;
-        let count = (scores / of_group.max(1)).clamp(1, all.max(1));
-        (0..all).step_by(count).map(move |first| (first, count.min(all - first)))
+/// Over batch, tokens and heads.
+fn strides(x: &Tensor) -> [usize; 3] {
+    match *x.stride() {
+        [batch, token, head, _] => [batch, token, head],
+        _ => [0; 3],
     }
 }
 
@@ -272,6 +251,8 @@ fn forward<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, options: SoftmaxOptio
 
 struct Attention {
     options: SoftmaxOptions,
+    /// Of the sums of exponentials, where tiles have computed `y`.
+    logarithms: Option<Tensor>,
 }
 
 impl Backward<3> for Attention {
@@ -279,20 +260,23 @@ impl Backward<3> for Attention {
         OP
     }
 
-    fn backward(&self, [q, k, v]: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+    fn backward(&self, [q, k, v]: [&Tensor; 3], y: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let wanted = [q.track_op(), k.track_op(), v.track_op()];
         let arguments = [q, k, v].map(Tensor::detach);
-        let gradients = Gradients { arguments: &arguments, grad, options: self.options, wanted };
+        let saved = self.logarithms.as_ref().map(|logarithms| (y, logarithms));
+        let gradients = Gradients { arguments: &arguments, grad, options: self.options, wanted, saved };
         Ok(backend::run(q.device(), &gradients)?)
     }
 }
 
-struct Gradients<'a> {
+pub(super) struct Gradients<'a> {
     /// q, k and v
-    arguments: &'a [Tensor; 3],
-    grad: &'a Tensor,
-    options: SoftmaxOptions,
-    wanted: [bool; 3],
+    pub(super) arguments: &'a [Tensor; 3],
+    pub(super) grad: &'a Tensor,
+    pub(super) options: SoftmaxOptions,
+    pub(super) wanted: [bool; 3],
+    /// The forward's results, where it was computed by tiles.
+    pub(super) saved: Option<(&'a Tensor, &'a Tensor)>,
 }
 
 impl Kernel for Gradients<'_> {
@@ -338,141 +322,15 @@ impl Kernel for Gradients<'_> {
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        self.in_parts(SCORES, SPAN)
-    }
-}
-
-impl Gradients<'_> {
-    /// The output of [`Kernel::gpu`], with so many scores at a time and at least so many queries.
-    fn in_parts(&self, scores: usize, span: usize) -> Attempt<[Option<Tensor>; 3]> {
         let [q, k, v] = self.arguments;
-        let (groups, [wants_q, wants_k, wants_v]) = (Groups::of(q, k, self.options)?, self.wanted);
-        if groups.is_empty() {
+        if is_empty(q, k) {
             let zeros = |(x, wanted): (&Tensor, bool)| wanted.then(|| x.zeros_like()).transpose();
+            let [wants_q, wants_k, wants_v] = self.wanted;
             return Ok([zeros((q, wants_q))?, zeros((k, wants_k))?, zeros((v, wants_v))?]);
         }
-        let [q, k, v, grad] = [groups.rows(q)?, groups.rows(k)?, groups.rows(v)?, groups.rows(self.grad)?];
-        let (mut dq, mut dk, mut dv) = (Vec::new(), Sum::default(), Sum::default());
-        // Backwards, because the last span sees all keys: its gradients are the sums that the others add to.
-        let spans: Vec<Span> = groups.spans(span).collect();
-        for span in spans.iter().rev() {
-            let (q, grad) = (span.queries(&q)?, span.queries(&grad)?);
-            let mut parts = [const { Vec::new() }; 3];
-            for (first, count) in groups.parts(span, scores) {
-                let [q, grad] = [q.narrow(0, first, count)?, grad.narrow(0, first, count)?];
-                let [k, v] = [span.keys(&k, first, count)?, span.keys(&v, first, count)?];
-                let weights = span.weights(&q, &k, self.options)?;
-                if wants_v {
-                    parts[2].push(weights.t()?.matmul(&grad)?);
-                }
-                if wants_q || wants_k {
-                    let of_weights = grad.matmul(&v.t()?)?;
-                    let (y, g) = (span.by_query(&weights)?, span.by_query(&of_weights)?);
-                    let of_scores = softmax::gradient_in_place(&y, &g, self.options)?;
-                    let of_scores = of_scores.reshape(weights.shape())?;
-                    drop((weights, of_weights, y, g));
-                    if wants_q {
-                        parts[0].push(of_scores.matmul(&k)?);
-                    }
-                    if wants_k {
-                        parts[1].push(of_scores.t()?.matmul(&q)?);
-                    }
-                }
-            }
-            let [of_q, of_k, of_v] = parts;
-            if wants_q {
-                dq.push(gpu::contiguous(&groups.heads(&Tensor::cat(&of_q, 0)?, groups.heads)?)?);
-            }
-            dk.add(&of_k, span.keys)?;
-            dv.add(&of_v, span.keys)?;
-        }
-        dq.reverse();
-        let dq = wants_q.then(|| Tensor::cat(&dq, 1)).transpose()?;
-        let of_keys = |sum: Sum| match sum.total(k.dtype())? {
-            Some(rows) => groups.heads(&rows, groups.kv_heads).map(Some),
-            None => Ok(None),
-        };
-        Ok([dq, of_keys(dk)?, of_keys(dv)?])
-    }
-}
-
-/// The sum of gradients of keys or values, `[b·g, s, d]`, of which later ones reach less far. More than one are added in f32.
-#[derive(Default)]
-struct Sum(Vec<Tensor>);
-
-impl Sum {
-    /// Adds what is in parts along the groups, for the first `keys`.
-    fn add(&mut self, parts: &[Tensor], keys: usize) -> Result<()> {
-        if parts.is_empty() {
-            return Ok(());
-        }
-        let part = Tensor::cat(parts, 0)?;
-        let Some(before) = self.0.pop() else {
-            self.0.push(part);
-            return Ok(());
-        };
-        // What this part reaches is added to; the rest is done.
-        let (before, part) = (before.to_dtype(DType::F32)?, part.to_dtype(DType::F32)?);
-        let rest = before.dim(1)? - keys;
-        self.0.push(before.narrow(1, keys, rest)?);
-        self.0.push((gpu::contiguous(&before.narrow(1, 0, keys)?)? + part)?);
-        Ok(())
-    }
-
-    /// The sum, in this dtype.
-    fn total(mut self, dtype: DType) -> Result<Option<Tensor>> {
-        self.0.reverse();
-        match &self.0[..] {
-            [] => Ok(None),
-            [all] => all.to_dtype(dtype).map(Some),
-            stretches => {
-                let stretches = stretches.iter().map(|x| gpu::contiguous(x)?.to_dtype(dtype));
-                Tensor::cat(&stretches.collect::<Result<Vec<_>>>()?, 1).map(Some)
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "tests")]
-
-    use super::*;
-    use crate::backend::simulate;
-
-    /// A GPU's parts, from one group of heads at a time to all at once, against the processor's blocks.
-    #[test]
-    fn parts_are_those_of_the_processor() {
-        let random = |dims: [usize; 4]| Tensor::randn(0f32, 1.0, &dims, &Device::Cpu).unwrap();
-        let arguments = [random([2, 5, 6, 4]), random([2, 7, 3, 4]), random([2, 7, 3, 4])];
-        let grad = random([2, 5, 6, 4]);
-        for mask in [Mask::None, Mask::Causal] {
-            let options = SoftmaxOptions { scale: 0.6, mask };
-            let forward = Forward { arguments: &arguments, options };
-            let gradients = Gradients { arguments: &arguments, grad: &grad, options, wanted: [true; 3] };
-            let expected = (forward.cpu().unwrap(), gradients.cpu().unwrap());
-            for (scores, span) in [(1, 1), (2 * 5 * 7 * 2, 2), (2 * 5 * 7 * 4, 3), (SCORES, SPAN)] {
-                let got = simulate(|| {
-                    (forward.in_parts(scores, span).unwrap(), gradients.in_parts(scores, span).unwrap())
-                });
-                let pairs = [(Some(got.0), Some(&expected.0))];
-                for (got, expected) in
-                    pairs.into_iter().chain(got.1.into_iter().zip(expected.1.iter().map(Option::as_ref)))
-                {
-                    let (got, expected) = (got.unwrap(), expected.unwrap());
-                    assert_eq!(got.dims(), expected.dims());
-                    let difference = (got - expected).unwrap().abs().unwrap().flatten_all().unwrap();
-                    assert!(
-                        difference.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-5,
-                        "{mask:?} {scores}"
-                    );
-                }
-            }
-            for wanted in [[true, false, false], [false, true, false], [false, false, true]] {
-                let gradients = Gradients { arguments: &arguments, grad: &grad, options, wanted };
-                let got = simulate(|| gradients.in_parts(1, 2)).unwrap();
-                assert_eq!(got.map(|gradient| gradient.is_some()), wanted);
-            }
+        match (self.saved, Tiles::of([q, k, v], self.options)?) {
+            (Some((y, logarithms)), Some(tiles)) => tiles.backward(y, logarithms, self.grad, self.wanted),
+            _ => attention_products::gradients(self),
         }
     }
 }

@@ -6,6 +6,7 @@
 pub mod adam;
 pub mod add;
 pub mod attention;
+mod attention_products;
 pub mod cross_entropy;
 pub mod frozen_linear;
 mod gated;

@@ -358,7 +358,13 @@ pub fn attention_cases(n: usize, lies: Lies) -> Vec<Case> {
         attention(arg(&[2, 3, 4, n.min(1000)]).lies(lies), kv(5, n.min(1000)), 0.3, Mask::Causal),
         attention(arg(&[2, keys, 4, 8]).lies(lies), kv(keys, 8), 0.3, Mask::Causal),
         attention(arg(&[2, 2, 4, 8]).lies(lies), kv(keys.max(2), 8), 0.3, Mask::None),
-        attention(arg(&[2, 2, 4, 8]).lies(lies).frozen(), kv(keys.max(2), 8), 0.7, Mask::Causal),
+        // Whole tiles, for a GPU.
+        attention(arg(&[2, 2, 4, 16]).lies(lies), kv(keys.max(2), 16), 0.3, Mask::None),
+        // Two keys at least: with one the gradient of scores is a difference of equals, of which the reference has none.
+        attention(arg(&[2, keys.max(2), 4, 48]).lies(lies), kv(keys.max(2), 48), 0.2, Mask::Causal),
+        attention(arg(&[2, 2, 4, 16]).lies(lies).frozen(), kv(keys.max(2), 16), 0.7, Mask::Causal),
+        // A scale for which there are no tiles.
+        attention(arg(&[2, 3, 2, 16]), kv(5, 16), -0.3, Mask::None),
     ]
 }
 

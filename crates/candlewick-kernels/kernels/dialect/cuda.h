@@ -18,6 +18,7 @@ typedef unsigned long long ulong;
 #define TG_ARRAY(Type, name, count) __shared__ Type name[count]
 typedef long long INT64;
 #define SIMDGROUP_SIZE 32u
+#define UNROLL _Pragma("unroll")
 #define INFINITY __int_as_float(0x7f800000)
 
 // ---- positions: threadgroups lie along x, and are whole simdgroups ----
@@ -47,6 +48,11 @@ DEVFN uint simd_min(uint v) { SIMD_BUTTERFLY(v, v < other ? v : other) }
 DEVFN uint mulhi(uint a, uint b) { return __umulhi(a, b); }
 namespace precise {
 DEVFN float exp(float v) { return expf(v); }
+DEVFN float exp2(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+    return power;
+}
 DEVFN float log(float v) { return logf(v); }
 DEVFN float sqrt(float v) { return sqrtf(v); }
 }  // namespace precise
@@ -118,3 +124,63 @@ template <typename U> DEVFN uint pack2(float low, float high, U) {
 // ---- 16 bytes at an address that is a multiple of 16 ----
 template <typename U> DEVFN uint4 vector_load(DEVICE const U* p) { return *(const uint4*)p; }
 template <typename U> DEVFN void vector_store(DEVICE U* p, uint4 v) { *(uint4*)p = v; }
+
+// ---- tiles: 16 × 16 values that a simdgroup holds, as the matrix units of sm_80 and later take them ----
+#if __CUDA_ARCH__ >= 800
+#define TILE 16u
+template <typename U> struct TileLeft { uint words[4]; };
+template <typename U> struct TileRight { uint words[4]; };
+struct TileSum { float values[8]; };
+DEVFN uint tile_row(uint lane) { return lane / 4u; }
+DEVFN uint tile_column(uint lane) { return lane % 4u * 2u; }
+DEVFN float tile_row_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+DEVFN float tile_row_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+// Four 8 × 8 matrices, whose rows are at the addresses that lanes 0 to 7, 8 to 15, 16 to 23 and 24 to 31 give.
+DEVFN void tile_matrices(uint* words, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(uint(__cvta_generic_to_shared(row))) : "memory");
+}
+DEVFN void tile_matrices_transposed(uint* words, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(uint(__cvta_generic_to_shared(row))) : "memory");
+}
+template <typename U> DEVFN void tile_load_left(TileLeft<U>& tile, const U* from, uint stride, uint rows, uint lane) {
+    for (uint i = 0u; i < 4u; i++) {
+        const uint row = tile_row(lane) + i % 2u * 8u;
+        const U* pair = from + ulong(row) * stride + tile_column(lane) + i / 2u * 8u;
+        tile.words[i] = row < rows ? *(const uint*)pair : 0u;
+    }
+}
+template <typename U> DEVFN void tile_load_right(TileRight<U>& tile, const U* from, uint stride, uint lane) {
+    tile_matrices_transposed(tile.words, from + lane % 16u * stride + lane / 16u * 8u);
+}
+template <typename U> DEVFN void tile_load_right_transposed(TileRight<U>& tile, const U* from, uint stride, uint lane) {
+    tile_matrices(tile.words, from + (lane % 8u + lane / 16u * 8u) * stride + lane / 8u % 2u * 8u);
+}
+template <typename U> DEVFN void tile_round_left(TileLeft<U>& tile, const TileSum& sum) {
+    tile.words[0] = pack2(sum.values[0], sum.values[1], U());
+    tile.words[1] = pack2(sum.values[4], sum.values[5], U());
+    tile.words[2] = pack2(sum.values[2], sum.values[3], U());
+    tile.words[3] = pack2(sum.values[6], sum.values[7], U());
+}
+#define TILE_MULTIPLY(type)                                                                                    \
+    for (uint side = 0u; side < 2u; side++) {                                                                  \
+        float* upper = sum.values + 2u * side;                                                                 \
+        float* lower = upper + 4u;                                                                             \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+            "{%8, %9}, {%0, %1, %2, %3};"                                                                      \
+            : "+f"(upper[0]), "+f"(upper[1]), "+f"(lower[0]), "+f"(lower[1])                                   \
+            : "r"(left.words[0]), "r"(left.words[1]), "r"(left.words[2]), "r"(left.words[3]),                  \
+              "r"(right.words[2u * side]), "r"(right.words[2u * side + 1u]));                                  \
+    }
+DEVFN void tile_multiply(TileSum& sum, const TileLeft<half>& left, const TileRight<half>& right) { TILE_MULTIPLY("f16") }
+DEVFN void tile_multiply(TileSum& sum, const TileLeft<bfloat>& left, const TileRight<bfloat>& right) {
+    TILE_MULTIPLY("bf16")
+}
+#endif

@@ -28,9 +28,13 @@ struct SimulatorContext {
     uint32_t simdgroup;       // SIMD_ID
     uint32_t simdgroups;      // N_SIMD
 };
-enum SimulatorSimd { SIMULATOR_SUM_F32, SIMULATOR_SUM_U32, SIMULATOR_MAX_F32, SIMULATOR_MIN_U32 };
+enum SimulatorSimd {
+    SIMULATOR_SUM_F32, SIMULATOR_SUM_U32, SIMULATOR_MAX_F32, SIMULATOR_MIN_U32, SIMULATOR_TILE_ROW_SUM, SIMULATOR_TILE_ROW_MAX
+};
 // One simdgroup operation: gives this lane's bits, returns this lane's result. All lanes must come to the same site.
 SIMULATOR_ONE_PLACE uint32_t simulator_simd(uint32_t operation, uint32_t bits, const char* file, int line);
+// sum += left · right of tiles, to which each lane gives its own 8 values. All lanes must come to the same site.
+SIMULATOR_ONE_PLACE void simulator_tile_multiply(float* sum, const float* left, const float* right, const char* file, int line);
 // A threadgroup barrier; flags: 1 device memory, 2 threadgroup memory.
 SIMULATOR_ONE_PLACE void simulator_barrier(uint32_t flags, const char* file, int line);
 // This threadgroup's array of that name. Called by every thread, in the same order.
@@ -81,6 +85,7 @@ struct alignas(16) uint4 { uint x, y, z, w; };
         sizeof(Type) * (count), alignof(Type), #name, __FILE__, __LINE__))
 typedef long long INT64;
 #define SIMDGROUP_SIZE 32u
+#define UNROLL
 
 namespace simulator {
 // A buffer argument is its address; the PARAM struct is copied onto the thread's own stack.
@@ -153,6 +158,7 @@ SIMULATOR_TINY float fmin(float a, float b) { return __builtin_fminf(a, b); }
 SIMULATOR_TINY uint mulhi(uint a, uint b) { return uint((ulong(a) * b) >> 32); }
 namespace precise {
 SIMULATOR_TINY float exp(float v) { return __builtin_expf(v); }
+SIMULATOR_TINY float exp2(float v) { return __builtin_exp2f(v); }
 SIMULATOR_TINY float log(float v) { return __builtin_logf(v); }
 SIMULATOR_TINY float sqrt(float v) { return __builtin_sqrtf(v); }
 }  // namespace precise
@@ -199,4 +205,51 @@ template <typename U> DEVFN uint4 vector_load(DEVICE const U* p, SIMULATOR_SITE)
 template <typename U> DEVFN void vector_store(DEVICE U* p, uint4 v, SIMULATOR_SITE) {
     simulator_vector(p, sizeof(uint4), 1, file, line);
     *reinterpret_cast<uint4*>(p) = v;
+}
+
+// ---- tiles: 16 × 16 values that a simdgroup holds; the lanes hold them as on Metal ----
+#define TILE 16u
+template <typename U> struct TileLeft { float values[8]; };
+template <typename U> struct TileRight { float values[8]; };
+struct TileSum { float values[8]; };
+DEVFN uint tile_row(uint lane) { return (lane / 4u & 4u) + lane / 2u % 4u; }
+DEVFN uint tile_column(uint lane) { return (lane / 4u & 2u) * 2u + lane % 2u * 2u; }
+DEVFN float tile_row_sum(float v, SIMULATOR_SITE) {
+    return simulator::bits<float>(simulator_simd(SIMULATOR_TILE_ROW_SUM, simulator::bits<uint>(v), file, line));
+}
+DEVFN float tile_row_max(float v, SIMULATOR_SITE) {
+    return simulator::bits<float>(simulator_simd(SIMULATOR_TILE_ROW_MAX, simulator::bits<uint>(v), file, line));
+}
+template <typename U>
+DEVFN void tile_load_left(TileLeft<U>& tile, const U* from, uint stride, uint rows, uint lane) {
+    for (uint e = 0u; e < 8u; e++) {
+        const uint row = tile_row(lane) + e / 4u * 8u;
+        const U* value = from + ulong(row) * stride + tile_column(lane) + e / 2u % 2u * 8u + e % 2u;
+        tile.values[e] = row < rows ? to_f32(*value) : 0.0f;
+    }
+}
+template <typename U>
+DEVFN void simulator_tile_values(float* values, const U* from, uint row_stride, uint column_stride, uint lane) {
+    const U* first = from + tile_row(lane) * row_stride + tile_column(lane) * column_stride;
+    for (uint e = 0u; e < 8u; e++) {
+        values[e] = to_f32(first[e / 4u * 8u * row_stride + (e / 2u % 2u * 8u + e % 2u) * column_stride]);
+    }
+}
+// CUDA reads eight values of a row at once: their address is checked as that of a vector.
+template <typename U>
+DEVFN void tile_load_right(TileRight<U>& tile, const U* from, uint stride, uint lane, SIMULATOR_SITE) {
+    simulator_vector(from + lane % TILE * stride, sizeof(uint4), 0, file, line);
+    simulator_tile_values(tile.values, from, stride, 1u, lane);
+}
+template <typename U>
+DEVFN void tile_load_right_transposed(TileRight<U>& tile, const U* from, uint stride, uint lane, SIMULATOR_SITE) {
+    simulator_vector(from + lane % TILE * stride, sizeof(uint4), 0, file, line);
+    simulator_tile_values(tile.values, from, 1u, stride, lane);
+}
+template <typename U> DEVFN void tile_round_left(TileLeft<U>& tile, const TileSum& sum) {
+    for (uint e = 0u; e < 8u; e++) tile.values[e] = to_f32(U(sum.values[e]));
+}
+template <typename U>
+DEVFN void tile_multiply(TileSum& sum, const TileLeft<U>& left, const TileRight<U>& right, SIMULATOR_SITE) {
+    simulator_tile_multiply(sum.values, left.values, right.values, file, line);
 }

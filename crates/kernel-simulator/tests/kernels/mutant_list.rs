@@ -203,6 +203,49 @@ pub const MUTANTS: &[Mutant] = &[
     text(Shown::LoraBackwardManyRows, "all parts share their sums", GRID_RACE, "partial + ulong(part) * RANK * p.columns", "partial"),
     text(Shown::LoraBackward, "tiles that begin at the second rank", &[Kind::Misaligned, Kind::OutOfBounds, Kind::Uninitialised], "first_rank = TG_POS.z * RANK_TILE;", "first_rank = TG_POS.z * RANK_TILE + 1u;"),
 
+    // ---- add.metal ----
+    text(Shown::Add, "the elements after the last chunk are left out", UNWRITTEN, "if (thread_index < p.tail)", "if (thread_index + 1u < p.tail)"),
+    text(Shown::Add, "chunks beyond the last", OUT_OF_BOUNDS, "if (thread_index < p.chunks)", "if (thread_index <= p.chunks)"),
+
+    // ---- common/attention.h ----
+    text(Shown::Attention, "keys beyond the last are staged", OUT_OF_BOUNDS, "if (row < WALK && first + row < end)", "if (row < WALK)"),
+    text(Shown::Attention, "queries beyond the last are loaded", OUT_OF_BOUNDS, "const uint rows = own < end ? end - own : 0u;", "const uint rows = TILE;"),
+    text(Shown::Attention, "queries beyond the last are stored", OUT_OF_BOUNDS, "if (row >= end) continue;", ""),
+    text(Shown::Attention, "vectors beyond the block", OUT_OF_BOUNDS, "if (row < WALK) to[", "to["),
+    text(Shown::Attention, "staged rows that do not begin at vectors", MISALIGNED,
+        "tile_load_right(rows, staged + i * TILE, STAGED_ROW, lane)", "tile_load_right(rows, staged + i * TILE + 4u, STAGED_ROW, lane)"),
+    text(Shown::Attention, "a staged row is as long as a head", &[Kind::Uninitialised, Kind::OutOfBounds],
+        "tile_load_right_transposed(rows, staged + i * TILE, STAGED_ROW, lane)",
+        "tile_load_right_transposed(rows, staged + i * TILE, STAGED_ROW + 8u, lane)"),
+
+    // ---- attention.metal ----
+    text(Shown::Attention, "no barrier before a block is read", RACE,
+        "stage(next_values, staged_values, TID.x);\n        threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "stage(next_values, staged_values, TID.x);"),
+    text(Shown::Attention, "no barrier before the next block is staged", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n        stage(next_keys", "stage(next_keys"),
+    text(Shown::Attention, "a simdgroup without keys skips the barriers", DIVERGENT_BARRIER,
+        "if (start >= visible_keys(p, own + TILE)) continue;", "if (start >= visible_keys(p, own + TILE)) break;"),
+    text(Shown::Attention, "lanes above the mask stay out of the maximum", DIVERGENT_SIMD,
+        "larger[side] = fmax(tile_row_max(larger[side]) * scale, largest[side]);",
+        "if (tile_column(LANE) < 4u) larger[side] = fmax(tile_row_max(larger[side]) * scale, largest[side]);"),
+    text(Shown::Attention, "every lane of a row writes its logarithm", RACE,
+        "if (tile_column(LANE) == 0u && row < p.queries)", "if (row < p.queries)"),
+    text(Shown::Attention, "the last query has no logarithm", UNWRITTEN,
+        "if (tile_column(LANE) == 0u && row < p.queries)", "if (tile_column(LANE) == 0u && row + 1u < p.queries)"),
+
+    // ---- attention_backward.metal ----
+    text(Shown::AttentionBackward, "rows beyond the last are multiplied", OUT_OF_BOUNDS, "if (query >= p.queries) return;", ""),
+    text(Shown::AttentionBackward, "no barrier before keys are read", RACE,
+        "stage(next_values, staged_values, TID.x);\n        threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "stage(next_values, staged_values, TID.x);"),
+    text(Shown::AttentionBackward, "no barrier before the next queries are staged", RACE,
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n        stage(next_queries", "stage(next_queries"),
+    text(Shown::AttentionBackward, "logarithms beyond the last query", OUT_OF_BOUNDS, "exists ? logarithms[row] : INFINITY", "logarithms[row]"),
+    text(Shown::AttentionBackward, "the gradients of keys and values share a place", &[Kind::Unwritten, Kind::Race],
+        "store_sums(of_values, ones, grad_v + to", "store_sums(of_values, ones, grad_k + to"),
+    plan(Shown::AttentionBackward, "the products of rows come last", UNINITIALISED, |plan| plan.launches.rotate_left(1)),
+
     // ---- launches ----
     plan(Shown::RmsNorm, "threads that do not fill a simdgroup", LIMIT, |plan| plan.launches[0].threads = 48),
     plan(Shown::RmsNorm, "more threads than any device has", LIMIT, |plan| plan.launches[0].threads = 2048),

@@ -2,8 +2,9 @@
 //! see every one of them. A change that no longer applies fails the test: the kernels and this list move together.
 
 use crate::case::{Case, Size};
-use crate::cases::{cross_entropy, gated, layer_norm, lora, rms_norm, rope, softmax};
+use crate::cases::{add, attention, cross_entropy, gated, layer_norm, lora, rms_norm, rope, softmax};
 use crate::mutant_list::MUTANTS;
+use candlewick_kernels::attention::AttentionGradients;
 use candlewick_kernels::gated::Gate;
 use candlewick_kernels::{Element, KernelFile, Launch, Plan, Storage, Target, Tuning};
 use kernel_simulator::{Kind, Simulator, Site};
@@ -54,10 +55,14 @@ pub enum Shown {
     /// With rows enough for several parts of the factors' gradients.
     LoraBackwardManyRows,
     LoraMask,
+    /// Three blocks of keys, which the first queries do not see, and fewer queries than the threadgroups have rows.
+    Attention,
+    AttentionBackward,
+    Add,
 }
 
 impl Shown {
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 22] = [
         Self::RmsNorm,
         Self::RmsNormBackward,
         Self::RmsNormManyRows,
@@ -77,10 +82,15 @@ impl Shown {
         Self::LoraBackward,
         Self::LoraBackwardManyRows,
         Self::LoraMask,
+        Self::Attention,
+        Self::AttentionBackward,
+        Self::Add,
     ];
 
     fn case(self) -> Case {
         let size = |rows, columns| Size::new(Storage::F32, rows, columns);
+        let heads = Size::new(Storage::BF16, 70, 4);
+        let all = AttentionGradients { q: true, k: true, v: true };
         let walked = Size { tuning: Tuning { max_threads: 64, ..Tuning::default() }, ..size(100, 4096) };
         match self {
             Self::RmsNorm => rms_norm::forward(size(3, 1000)),
@@ -102,6 +112,9 @@ impl Shown {
             Self::LoraBackward => lora::backward(size(3, 100), lora::peft(size(3, 100), 60)),
             Self::LoraBackwardManyRows => lora::backward(size(70, 100), lora::peft(size(70, 100), 60)),
             Self::LoraMask => lora::mask(size(3, 100), lora::with_dropout(lora::peft(size(3, 100), 60))),
+            Self::Add => add::forward(size(3, 257)),
+            Self::Attention => attention::forward(heads, true),
+            Self::AttentionBackward => attention::backward(heads, true, all),
         }
     }
 }

@@ -58,7 +58,9 @@ fn the_order_of_threads_changes_no_bit() {
     let simulator = Simulator::new().unwrap();
     let other = simulator.clone().with_seed(2);
     for (op, cases) in ALL {
-        for case in cases(Size::new(Storage::F32, 3, 257)) {
+        // Attention has no kernels for f32.
+        let storage = if op == "attention" { Storage::BF16 } else { Storage::F32 };
+        for case in cases(Size::new(storage, 3, 257)) {
             let run = |simulator: &Simulator| simulator.run(&case.plan, &case.inputs()).unwrap().outputs;
             assert_eq!(run(&simulator), run(&other), "{op}: {}", case.name);
         }

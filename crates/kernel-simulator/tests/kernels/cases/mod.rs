@@ -1,5 +1,7 @@
 //! Every op at one size, forward and backward. An oracle is the op's formula in its simplest form.
 
+pub mod add;
+pub mod attention;
 pub mod cross_entropy;
 pub mod gated;
 pub mod layer_norm;
@@ -14,7 +16,9 @@ use crate::case::{Case, Size};
 pub type Cases = fn(Size) -> Vec<Case>;
 
 /// Every op.
-pub const ALL: [(&str, Cases); 9] = [
+pub const ALL: [(&str, Cases); 11] = [
+    ("add", add::cases),
+    ("attention", attention::cases),
     ("cross_entropy", cross_entropy::cases),
     ("gelu_mul", gated::gelu_cases),
     ("layer_norm", layer_norm::cases),
