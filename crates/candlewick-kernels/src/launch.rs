@@ -168,6 +168,8 @@ impl Buffer {
 /// The file a kernel is written in, `kernels/<op>.metal`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KernelFile {
+    /// `adam.metal`
+    Adam,
     /// `add.metal`
     Add,
     /// `attention.metal`

@@ -4,6 +4,7 @@
 //! [`launch`] describes what to run; one module per op turns shapes into such a description; [`source`] puts the
 //! text together that a launch is compiled from.
 
+pub mod adam;
 pub mod add;
 pub mod attention;
 mod column_sum;

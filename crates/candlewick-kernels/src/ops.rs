@@ -3,7 +3,7 @@
 use crate::gated::{Gate, GatedGradients, GatedMul};
 use crate::launch::{Element, Launch, Plan, PlanError, Storage, Target};
 use crate::params::Tuning;
-use crate::{add, attention, cross_entropy, layer_norm, lora, rms_norm, rope, softmax};
+use crate::{adam, add, attention, cross_entropy, layer_norm, lora, rms_norm, rope, softmax};
 
 /// What an entry point's name alone stands for: the first launch of it among the sample plans of all ops.
 ///
@@ -49,6 +49,7 @@ impl Samples {
 #[must_use]
 pub const fn ops() -> &'static [Op] {
     &[
+        Op { name: "adam", samples: adam_samples },
         Op { name: "add", samples: add_samples },
         Op { name: "attention", samples: attention_samples },
         Op { name: "cross_entropy", samples: cross_entropy_samples },
@@ -145,6 +146,25 @@ fn softmax_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanEr
         samples.add_for(aligned, |tuning| op.backward(tuning))?;
     }
     Ok(())
+}
+
+/// In f32 alone, as optimizers compute.
+fn adam_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
+    if storage != Storage::F32 {
+        return Ok(());
+    }
+    let op = adam::Adam {
+        elements: 4099,
+        new1: 0.1,
+        old2: 0.999,
+        new2: 0.001,
+        eps: 1e-8,
+        rate: 1e-3,
+        part: 1.0,
+        shrink: 1.0,
+        l2: 0.0,
+    };
+    samples.add(|tuning| op.step(tuning))
 }
 
 fn add_samples(storage: Storage, samples: &mut Samples) -> Result<(), PlanError> {
@@ -312,8 +332,13 @@ mod tests {
             for line in file.source().text.lines() {
                 let Some(rest) = line.strip_prefix("KERNEL(") else { continue };
                 let name = rest.split(',').next().unwrap();
+                // Some ops are for some storage types only.
+                let is_missing = |storage| match file {
+                    KernelFile::Adam => storage != Storage::F32,
+                    file => file.needs_matrix_units() && storage == Storage::F32,
+                };
                 for storage in Storage::ALL {
-                    if file.needs_matrix_units() && storage == Storage::F32 {
+                    if is_missing(storage) {
                         assert_eq!(launch_named(name, storage), None);
                         continue;
                     }

@@ -40,7 +40,8 @@ impl Target {
 
 impl KernelFile {
     /// Every file.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
+        Self::Adam,
         Self::Add,
         Self::Attention,
         Self::AttentionBackward,
@@ -61,6 +62,7 @@ impl KernelFile {
     #[must_use]
     pub const fn source(self) -> SourceFile {
         match self {
+            Self::Adam => source_file!("kernels/adam.metal"),
             Self::Add => source_file!("kernels/add.metal"),
             Self::Attention => source_file!("kernels/attention.metal"),
             Self::AttentionBackward => source_file!("kernels/attention_backward.metal"),
@@ -90,7 +92,7 @@ impl KernelFile {
         match self {
             Self::Softmax | Self::RmsNorm | Self::LayerNorm | Self::CrossEntropy => &[CHUNK, ROW],
             Self::Attention | Self::AttentionBackward => &[ATTENTION],
-            Self::Add | Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
+            Self::Adam | Self::Add | Self::Rope | Self::SiluMul | Self::GeluMul => &[CHUNK],
             Self::Lora | Self::LoraGradient | Self::LoraMask => &[CHUNK, PHILOX],
             Self::ColumnSum => &[],
         }

@@ -203,7 +203,8 @@ pub(crate) fn run(inputs: &[&Tensor], shapes: &[&Shape], recipe: impl Recipe) ->
     Work { inputs, replaced: None, shapes, recipe: &recipe }.run()
 }
 
-/// As [`run`]; the first result takes the place of the last input, a fresh tensor that nobody else has.
+/// As [`run`]; the first result takes the place of the last input: a fresh tensor that nobody else has, or a variable that
+/// is set.
 #[expect(clippy::needless_pass_by_value, reason = "as closures are passed")]
 pub(crate) fn run_in_place(inputs: &[&Tensor], shapes: &[&Shape], recipe: impl Recipe) -> Attempt<Outputs> {
     Work { inputs, replaced: inputs.last().copied(), shapes, recipe: &recipe }.run()

@@ -2,6 +2,8 @@
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
+use candlewick_kernels::adam::Adam as Constants;
+
 use super::lanes::{Element, Lanes};
 use super::rows::{Row, RowLoop, map, pass};
 use crate::ops::lora_linear::Dropout;
@@ -27,18 +29,7 @@ unsafe impl RowLoop<2, 1, 0> for Add {
 }
 
 /// Value, moments and gradient to the next value and moments: see [`AdamStep`](crate::ops::adam::AdamStep).
-pub(crate) struct Adam {
-    /// `1 − β₁`, `β₂` and `1 − β₂`.
-    pub(crate) new1: f32,
-    pub(crate) old2: f32,
-    pub(crate) new2: f32,
-    pub(crate) eps: f32,
-    pub(crate) rate: f32,
-    /// `1/root`
-    pub(crate) part: f32,
-    pub(crate) shrink: f32,
-    pub(crate) l2: f32,
-}
+pub(crate) struct Adam(pub(crate) Constants);
 
 // SAFETY: `pass` writes the whole rows.
 unsafe impl RowLoop<4, 3, 0> for Adam {
@@ -46,9 +37,9 @@ unsafe impl RowLoop<4, 3, 0> for Adam {
 
     #[inline(always)]
     fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 4, 3, 0>) {
-        let [new1, old2, new2] = [self.new1, self.old2, self.new2].map(L::splat);
-        let [eps, rate, part, shrink, l2] =
-            [self.eps, self.rate, self.part, self.shrink, self.l2].map(L::splat);
+        let Constants { new1, old2, new2, eps, rate, part, shrink, l2: decay, .. } = self.0;
+        let [new1, old2, new2] = [new1, old2, new2].map(L::splat);
+        let [eps, rate, part, shrink, l2] = [eps, rate, part, shrink, decay].map(L::splat);
         pass(
             row.inputs,
             [],
@@ -56,7 +47,7 @@ unsafe impl RowLoop<4, 3, 0> for Adam {
             [],
             #[inline(always)]
             |[x, m, v, g]: [L; 4], [], []| {
-                let g = if self.l2 == 0.0 { g } else { g + x * l2 };
+                let g = if decay == 0.0 { g } else { g + x * l2 };
                 let m = m + (g - m) * new1;
                 let v = v * old2 + g * g * new2;
                 ([x * shrink - m / (v.sqrt() * part + eps) * rate, m, v], [])

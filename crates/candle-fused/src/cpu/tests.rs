@@ -166,7 +166,8 @@ fn gates_sums_and_steps_stay_within_their_rows() {
         }
         check!(len, elements::Add);
         check!(len, elements::Drop(Dropout { p: 0.25, seed: 3 }));
-        let adam = elements::Adam {
+        let adam = elements::Adam(candlewick_kernels::adam::Adam {
+            elements: 0,
             new1: 0.1,
             old2: 0.99,
             new2: 0.01,
@@ -175,7 +176,7 @@ fn gates_sums_and_steps_stay_within_their_rows() {
             part: 1.5,
             shrink: 0.9,
             l2: 0.1,
-        };
+        });
         check!(len, adam);
     }
 }

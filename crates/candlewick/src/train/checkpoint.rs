@@ -203,7 +203,7 @@ fn write_state(path: &Path, state: &State<'_>) -> Result<()> {
     };
     let header = serde_json::to_string(&header).map_err(|error| broken(path, error.to_string()))?;
     let parameter = |p: &Parameter| (parameter_name(p), p.var.as_detached_tensor());
-    let mut tensors = state.optimizer.state(state.parameters);
+    let mut tensors = state.optimizer.state(state.parameters)?;
     tensors.extend(state.parameters.iter().map(parameter));
     let metadata = HashMap::from([(ENTRY.to_owned(), header)]);
     safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {

@@ -32,14 +32,9 @@ impl Gradients {
         }
     }
 
-    #[cfg(test)]
-    pub(super) const fn of(tensors: Vec<Option<Tensor>>) -> Self {
+    /// Each by itself.
+    const fn of(tensors: Vec<Option<Tensor>>) -> Self {
         Self { tensors, joined: None }
-    }
-
-    /// All of them end to end, where they are kept so.
-    pub(super) fn joined(&self) -> Option<&Tensor> {
-        self.joined.as_ref()
     }
 
     /// `None` where no micro-batch gave a gradient.
@@ -50,7 +45,17 @@ impl Gradients {
 
     /// The Euclidean norm of each gradient.
     pub fn norms(&self) -> Result<Vec<Option<f64>>> {
-        norms(&self.tensors)
+        let sums = match &self.joined {
+            Some(joined) => sums_of_joined(joined, &self.tensors)?,
+            None => None,
+        };
+        let sums = match sums {
+            Some(sums) => sums,
+            None => sums_apart(&self.tensors)?,
+        };
+        let mut sums = sums.into_iter();
+        let mut norm = |tensor: &Tensor| norm(tensor, sums.next().unwrap_or(f64::NAN));
+        self.tensors.iter().map(|tensor| tensor.as_ref().map(&mut norm).transpose()).collect()
     }
 
     /// Scales all gradients so that their common norm is at most `limit`, as `torch.nn.utils.clip_grad_norm_` does.
@@ -72,24 +77,24 @@ impl Gradients {
 }
 
 /// Tensors end to end.
-pub(super) fn join(tensors: impl IntoIterator<Item = impl AsRef<Tensor>>) -> Result<Tensor> {
+fn join(tensors: impl IntoIterator<Item = impl AsRef<Tensor>>) -> Result<Tensor> {
     let flat = tensors.into_iter().map(|tensor| tensor.as_ref().flatten_all());
     Ok(Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
 }
 
 /// The tensors that were joined, one after the other, as views.
-pub(super) struct Parts<'a> {
+struct Parts<'a> {
     joined: &'a Tensor,
     taken: usize,
 }
 
 impl<'a> Parts<'a> {
-    pub(super) fn of(joined: &'a Tensor) -> Self {
+    fn of(joined: &'a Tensor) -> Self {
         Self { joined, taken: 0 }
     }
 
     /// The next one, which has this shape.
-    pub(super) fn next(&mut self, shape: &Shape) -> Result<Tensor> {
+    fn next(&mut self, shape: &Shape) -> Result<Tensor> {
         let part = self.joined.narrow(0, self.taken, shape.elem_count())?.reshape(shape)?;
         self.taken += shape.elem_count();
         Ok(part)
@@ -101,15 +106,35 @@ pub(super) fn total_norm(norms: &[Option<f64>]) -> f64 {
     norms.iter().flatten().map(|norm| norm * norm).sum::<f64>().sqrt()
 }
 
-/// The norm of each tensor; the device is asked once for all of them.
-fn norms(tensors: &[Option<Tensor>]) -> Result<Vec<Option<f64>>> {
+/// The sums of squares of those that are there; the device is asked once for all of them.
+fn sums_apart(tensors: &[Option<Tensor>]) -> Result<Vec<f64>> {
     let sums = tensors.iter().flatten().map(sum_of_squares).collect::<Result<Vec<_>>>()?;
     if sums.is_empty() {
-        return Ok(vec![None; tensors.len()]);
+        return Ok(Vec::new());
     }
-    let mut sums = Tensor::stack(&sums, 0)?.to_vec1::<f32>()?.into_iter();
-    let mut norm = |tensor: &Tensor| norm(tensor, f64::from(sums.next().unwrap_or(f32::NAN)));
-    tensors.iter().map(|tensor| tensor.as_ref().map(&mut norm).transpose()).collect()
+    Ok(Tensor::stack(&sums, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+}
+
+/// The same of tensors that are joined, in three launches: rows of which each tensor has a whole number are summed there, and
+/// the rest here. None where such rows would be short.
+fn sums_of_joined(joined: &Tensor, tensors: &[Option<Tensor>]) -> Result<Option<Vec<f64>>> {
+    const SHORT: usize = 64;
+    let counts = || tensors.iter().flatten().map(Tensor::elem_count);
+    let row = counts().fold(0, greatest_divisor);
+    if row < SHORT {
+        return Ok(None);
+    }
+    let rows = joined.reshape(((), row))?.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?;
+    let mut rows = rows.into_iter().map(f64::from);
+    Ok(Some(counts().map(|count| rows.by_ref().take(count / row).sum()).collect()))
+}
+
+/// Of both (Euclid).
+const fn greatest_divisor(mut a: usize, mut b: usize) -> usize {
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    a
 }
 
 /// Summed by rows first, which keeps the rounding error of long sums small.
@@ -177,7 +202,7 @@ pub fn accumulate(
 fn blame_loss(parameters: &[Parameter]) -> Result<String> {
     for parameter in parameters {
         let value = parameter.var.as_detached_tensor().to_dtype(DType::F32)?;
-        if norms(&[Some(value)])?.into_iter().flatten().any(|norm| !norm.is_finite()) {
+        if Gradients::of(vec![Some(value)]).norms()?.into_iter().flatten().any(|norm| !norm.is_finite()) {
             return Ok(format!("parameter `{}`, and with it the loss,", parameter.name));
         }
     }
@@ -197,7 +222,8 @@ mod tests {
     use super::*;
 
     fn norm_of(values: &[f32]) -> f64 {
-        norms(&[Some(Tensor::new(values, &Device::Cpu).unwrap())]).unwrap()[0].unwrap()
+        let tensor = Tensor::new(values, &Device::Cpu).unwrap();
+        Gradients::of(vec![Some(tensor)]).norms().unwrap()[0].unwrap()
     }
 
     #[test]
@@ -231,25 +257,31 @@ mod tests {
         assert!((clipped[0].unwrap() - 0.6).abs() < 1e-6);
     }
 
-    /// Kept end to end, as on a GPU, they are what they are apart.
+    /// Kept end to end, as on a GPU, they are what they are apart: of any sizes, and of sizes with a large common divisor.
     #[test]
     fn joined_gradients_are_clipped_as_others() {
-        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-        let tensors = [tensor(&[3.0, 0.0, 1.0, 2.0]).reshape((2, 2)).unwrap(), tensor(&[4.0])];
-        let joined = join(&tensors).unwrap();
-        let mut parts = Parts::of(&joined);
-        let views = tensors.each_ref().map(|tensor| Some(parts.next(tensor.shape()).unwrap()));
-        let mut kept = Gradients { tensors: views.into(), joined: Some(joined.clone()) };
-        let mut apart = Gradients::of(tensors.map(Some).into());
-        let norms = apart.norms().unwrap();
-        assert_eq!(kept.norms().unwrap(), norms);
-        kept.clip(&norms, 1.0).unwrap();
-        apart.clip(&norms, 1.0).unwrap();
-        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for (kept, apart) in kept.tensors().iter().flatten().zip(apart.tensors().iter().flatten()) {
-            assert_eq!((kept.dims(), values(kept)), (apart.dims(), values(apart)));
+        for [first, second] in [[4, 1], [192, 320]] {
+            let tensor = |count: u32| Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32);
+            let tensors = [tensor(first).unwrap().reshape((2, ())).unwrap(), tensor(second + 1).unwrap()];
+            let tensors = [tensors[0].clone(), tensors[1].narrow(0, 1, second as usize).unwrap()];
+            let joined = join(&tensors).unwrap();
+            let in_rows = sums_of_joined(&joined, &tensors.each_ref().map(|x| Some(x.clone()))).unwrap();
+            assert_eq!(in_rows.is_some(), first == 192);
+            let mut parts = Parts::of(&joined);
+            let views = tensors.each_ref().map(|tensor| Some(parts.next(tensor.shape()).unwrap()));
+            let mut kept = Gradients { tensors: views.into(), joined: Some(joined.clone()) };
+            let mut apart = Gradients::of(tensors.map(Some).into());
+            let norms = apart.norms().unwrap();
+            // Squares of whole numbers: every sum of them is exact.
+            assert_eq!(kept.norms().unwrap(), norms);
+            kept.clip(&norms, 1.0).unwrap();
+            apart.clip(&norms, 1.0).unwrap();
+            let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for (kept, apart) in kept.tensors().iter().flatten().zip(apart.tensors().iter().flatten()) {
+                assert_eq!((kept.dims(), values(kept)), (apart.dims(), values(apart)));
+            }
+            let apart = join(apart.tensors().iter().flatten()).unwrap();
+            assert_eq!(values(&kept.joined.unwrap()), values(&apart));
         }
-        let apart = join(apart.tensors().iter().flatten()).unwrap();
-        assert_eq!(values(kept.joined().unwrap()), values(&apart));
     }
 }

@@ -203,6 +203,10 @@ pub const MUTANTS: &[Mutant] = &[
     text(Shown::LoraBackwardManyRows, "all parts share their sums", GRID_RACE, "partial + ulong(part) * RANK * p.columns", "partial"),
     text(Shown::LoraBackward, "tiles that begin at the second rank", &[Kind::Misaligned, Kind::OutOfBounds, Kind::Uninitialised], "first_rank = TG_POS.z * RANK_TILE;", "first_rank = TG_POS.z * RANK_TILE + 1u;"),
 
+    // ---- adam.metal ----
+    text(Shown::Adam, "the next moments share a place", &[Kind::Unwritten], "store_chunk(next_second + at, v)", "store_chunk(next_first + at, v)"),
+    text(Shown::Adam, "the gradient takes the next value", WRITE_TO_INPUT, "store_chunk(next_value + at, x)", "store_chunk((DEVICE T*)gradient + at, x)"),
+
     // ---- add.metal ----
     text(Shown::Add, "the elements after the last chunk are left out", UNWRITTEN, "if (thread_index < p.tail)", "if (thread_index + 1u < p.tail)"),
     text(Shown::Add, "chunks beyond the last", OUT_OF_BOUNDS, "if (thread_index < p.chunks)", "if (thread_index <= p.chunks)"),

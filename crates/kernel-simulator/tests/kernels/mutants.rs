@@ -2,7 +2,7 @@
 //! see every one of them. A change that no longer applies fails the test: the kernels and this list move together.
 
 use crate::case::{Case, Size};
-use crate::cases::{add, attention, cross_entropy, gated, layer_norm, lora, rms_norm, rope, softmax};
+use crate::cases::{adam, add, attention, cross_entropy, gated, layer_norm, lora, rms_norm, rope, softmax};
 use crate::mutant_list::MUTANTS;
 use candlewick_kernels::attention::AttentionGradients;
 use candlewick_kernels::gated::Gate;
@@ -59,10 +59,11 @@ pub enum Shown {
     Attention,
     AttentionBackward,
     Add,
+    Adam,
 }
 
 impl Shown {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::RmsNorm,
         Self::RmsNormBackward,
         Self::RmsNormManyRows,
@@ -85,6 +86,7 @@ impl Shown {
         Self::Attention,
         Self::AttentionBackward,
         Self::Add,
+        Self::Adam,
     ];
 
     fn case(self) -> Case {
@@ -112,6 +114,7 @@ impl Shown {
             Self::LoraBackward => lora::backward(size(3, 100), lora::peft(size(3, 100), 60)),
             Self::LoraBackwardManyRows => lora::backward(size(70, 100), lora::peft(size(70, 100), 60)),
             Self::LoraMask => lora::mask(size(3, 100), lora::with_dropout(lora::peft(size(3, 100), 60))),
+            Self::Adam => adam::step(size(3, 257)),
             Self::Add => add::forward(size(3, 257)),
             Self::Attention => attention::forward(heads, true),
             Self::AttentionBackward => attention::backward(heads, true, all),

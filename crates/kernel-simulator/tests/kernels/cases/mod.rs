@@ -1,5 +1,6 @@
 //! Every op at one size, forward and backward. An oracle is the op's formula in its simplest form.
 
+pub mod adam;
 pub mod add;
 pub mod attention;
 pub mod cross_entropy;
@@ -16,7 +17,8 @@ use crate::case::{Case, Size};
 pub type Cases = fn(Size) -> Vec<Case>;
 
 /// Every op.
-pub const ALL: [(&str, Cases); 11] = [
+pub const ALL: [(&str, Cases); 12] = [
+    ("adam", adam::cases),
     ("add", add::cases),
     ("attention", attention::cases),
     ("cross_entropy", cross_entropy::cases),
