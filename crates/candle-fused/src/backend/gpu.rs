@@ -232,7 +232,7 @@ impl Work<'_> {
             Device::Cpu => {
                 let plan = self.plan(Tuning { aligned: self.aligned(), ..Tuning::default() })?;
                 self.check(&plan.buffers)?;
-                super::simulated::run(&plan, self.inputs, self.shapes)
+                super::simulated::run(&plan, self.inputs, self.shapes, self.replaced)
             }
             other => Err(DeviceError::Unsupported { what: format!("{:?}", other.location()) }.into()),
         }

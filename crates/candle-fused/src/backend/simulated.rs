@@ -68,8 +68,14 @@ pub(crate) fn simulate<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Runs a plan on what its inputs hold from their offsets on. The outputs have these shapes.
-pub(super) fn run(plan: &Plan, inputs: &[&Tensor], shapes: &[&Shape]) -> Attempt<Outputs> {
+/// Runs a plan on what its inputs hold from their offsets on. The outputs have these shapes; the first is left in the place of
+/// `replaced`.
+pub(super) fn run(
+    plan: &Plan,
+    inputs: &[&Tensor],
+    shapes: &[&Shape],
+    replaced: Option<&Tensor>,
+) -> Attempt<Outputs> {
     static SIMULATOR: LazyLock<Simulator> = LazyLock::new(|| Simulator::new().unwrap());
     let inputs = plan.with_role(Role::Input).zip(inputs).map(|((_, buffer), input)| bytes(input, buffer.len));
     let inputs: Vec<Vec<u8>> = inputs.collect();
@@ -80,7 +86,14 @@ pub(super) fn run(plan: &Plan, inputs: &[&Tensor], shapes: &[&Shape]) -> Attempt
         plan.with_role(Role::Output).zip(shapes).zip(&run.outputs).map(|(((_, buffer), &shape), bytes)| {
             Tensor::from_raw_buffer(bytes, dtype(buffer.element), shape.dims(), &Device::Cpu)
         });
-    Ok(Outputs::new(outputs.collect::<Result<_>>()?))
+    let mut outputs = outputs.collect::<Result<Vec<_>>>()?;
+    if let (Some(replaced), Some(first)) = (replaced, outputs.first_mut())
+        && first.elem_count() > 0
+    {
+        replaced.slice_set(&first.reshape(replaced.shape())?, 0, 0)?;
+        *first = replaced.reshape(first.shape())?;
+    }
+    Ok(Outputs::new(outputs))
 }
 
 /// `len` elements of a tensor's storage, from the tensor's first on.
