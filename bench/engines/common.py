@@ -17,6 +17,7 @@ class Unsupported(Exception):
 def tracked(case):
     """The names of the inputs that get a gradient."""
     return {
+        "attention": ["q", "k", "v"],
         "softmax": ["x"],
         "rms_norm": ["x", "w"],
         "layer_norm": ["x", "w", "b"],

@@ -13,7 +13,11 @@ def operation(case, eps, scaling):
     def lora_delta(x, a, b):
         return ((x @ a.T) @ b.T) * scaling
 
+    def attention(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
+
     return {
+        "attention": attention,
         # `precise` sums in f32; without it a 16-bit row sums to something else.
         "softmax": lambda x: mx.softmax(x, axis=-1, precise=True),
         "rms_norm": lambda x, w: mx.fast.rms_norm(x, w, eps),

@@ -25,7 +25,11 @@ def operation(case, eps, scaling):
     def lora_delta(x, a, b):
         return F.linear(F.linear(x, a), b) * scaling
 
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
     return {
+        "attention": attention,
         "softmax": lambda x: F.softmax(x, -1),
         "rms_norm": rms_norm,
         "layer_norm": layer_norm,

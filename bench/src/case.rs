@@ -10,6 +10,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Op {
+    Attention,
     Softmax,
     RmsNorm,
     LayerNorm,
@@ -25,6 +26,7 @@ pub enum Op {
 impl Op {
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Attention => "attention",
             Self::Softmax => "softmax",
             Self::RmsNorm => "rms_norm",
             Self::LayerNorm => "layer_norm",
@@ -112,7 +114,7 @@ pub struct Size {
     pub rows: usize,
     /// Columns of `x`: the input width, or the vocabulary.
     pub cols: usize,
-    /// Output width of a linear layer.
+    /// Output width of a linear layer; the width of all keys of attention.
     #[serde(default)]
     pub out: usize,
     /// Rank of an adapter.

@@ -43,6 +43,14 @@ pub fn inputs(case: &Case) -> Vec<Input> {
         |name, shape: &[usize], values, tracked| Input { name, shape: shape.to_vec(), values, tracked };
     let x = |values| input("x", &[rows, cols], values, true);
     let mut inputs = match case.op {
+        Op::Attention => {
+            let keys = heads_shape(case, out);
+            vec![
+                input("q", &heads_shape(case, cols), unit, true),
+                input("k", &keys, unit, true),
+                input("v", &keys, unit, true),
+            ]
+        }
         Op::Softmax => vec![x(normal(0.0, 2.0))],
         Op::RmsNorm => vec![x(unit), input("w", &[cols], normal(1.0, 0.1), true)],
         Op::LayerNorm => {
@@ -55,7 +63,7 @@ pub fn inputs(case: &Case) -> Vec<Input> {
         Op::Rope => {
             let half = size.width / 2;
             vec![
-                input("x", &rope_shape(case), unit, true),
+                input("x", &heads_shape(case, cols), unit, true),
                 input("cos", &[rows, half], Values::Cos, false),
                 input("sin", &[rows, half], Values::Sin, false),
             ]
@@ -80,7 +88,10 @@ pub fn inputs(case: &Case) -> Vec<Input> {
         ],
     };
     if case.mode != Mode::Forward && case.op != Op::CrossEntropy {
-        let shape = if case.op == Op::Rope { rope_shape(case) } else { vec![rows, out] };
+        let shape = match case.op {
+            Op::Attention | Op::Rope => heads_shape(case, cols),
+            _ => vec![rows, out],
+        };
         inputs.push(input("g", &shape, unit, false));
     }
     inputs
@@ -106,10 +117,15 @@ pub fn out(case: &Case) -> usize {
     }
 }
 
-/// `[1, heads, tokens, width]`.
-fn rope_shape(case: &Case) -> Vec<usize> {
+/// `[1, heads, tokens, width]`, with so many columns in all heads.
+fn heads_shape(case: &Case, cols: usize) -> Vec<usize> {
     let width = case.size.width.max(1);
-    vec![1, case.size.cols / width, case.size.rows, width]
+    vec![1, cols / width, case.size.rows, width]
+}
+
+/// What attention's scores are multiplied by.
+pub fn attention_scale(case: &Case) -> f32 {
+    (case.size.width as f32).sqrt().recip()
 }
 
 /// What a case costs at least.
@@ -133,6 +149,13 @@ pub fn cost(case: &Case) -> Cost {
     let adapter = rank * (cols + out);
     // Elements touched forward and backward, operations of products, other operations.
     let (forward, backward) = match case.op {
+        // Half of the scores are masked; their gradient takes five products, of which one makes them again.
+        Op::Attention => {
+            let scores = rows * (rows + 1.0) / 2.0 * cols / f(size.width.max(1));
+            let product = 2.0 * scores * f(size.width);
+            let elements = 2.0 * n + 2.0 * rows * out;
+            ((elements, 2.0 * product, 4.0 * scores), (2.0 * elements, 5.0 * product, 5.0 * scores))
+        }
         Op::Softmax => ((2.0 * n, 0.0, 5.0 * n), (3.0 * n, 0.0, 4.0 * n)),
         Op::RmsNorm => ((2.0 * n + cols, 0.0, 4.0 * n), (3.0 * n + 2.0 * cols, 0.0, 9.0 * n)),
         Op::LayerNorm => ((2.0 * n + 2.0 * cols, 0.0, 7.0 * n), (3.0 * n + 3.0 * cols, 0.0, 12.0 * n)),

@@ -18,7 +18,7 @@ pub type Expected = BTreeMap<String, Vec<f64>>;
 pub fn by_rows(case: &Case, name: &str) -> bool {
     match name {
         "y" => case.op != Op::CrossEntropy,
-        "dx" | "dgate" | "dup" => true,
+        "dx" | "dgate" | "dup" | "dq" => true,
         _ => false,
     }
 }
@@ -26,7 +26,7 @@ pub fn by_rows(case: &Case, name: &str) -> bool {
 /// How many rows the outputs have.
 pub fn rows(case: &Case) -> usize {
     match case.op {
-        Op::Rope => case.size.rows * (case.size.cols / case.size.width.max(1)),
+        Op::Attention | Op::Rope => case.size.rows * (case.size.cols / case.size.width.max(1)),
         _ => case.size.rows,
     }
 }
@@ -47,6 +47,7 @@ pub fn expected(case: &Case, inputs: &Tensors, chosen: &[usize]) -> Expected {
     let mut all = match case.op {
         Op::Softmax | Op::Rope | Op::SiluMul | Op::GeluMul => elementwise(case, inputs, chosen),
         Op::RmsNorm | Op::LayerNorm => norm(case, inputs, chosen),
+        Op::Attention => attention(case, inputs, chosen),
         Op::CrossEntropy => cross_entropy(case, inputs, chosen),
         Op::FrozenLinear | Op::LoraDelta | Op::LoraLinear => linear(case, inputs, chosen),
     };
@@ -230,6 +231,67 @@ fn cross_entropy(case: &Case, inputs: &Tensors, chosen: &[usize]) -> Expected {
     };
     let mut expected = join(["dx"], chosen.par_iter().map(of_row).collect());
     expected.insert("y".to_owned(), vec![total / rows]);
+    expected
+}
+
+/// Causal attention; rows are the queries of one head after the other.
+fn attention(case: &Case, inputs: &Tensors, chosen: &[usize]) -> Expected {
+    let (tokens, width) = (case.size.rows, case.size.width.max(1));
+    let (heads, kv_heads) = (case.size.cols / width, ops::out(case) / width);
+    let scale = f64::from(ops::attention_scale(case));
+    let rows = |name: &str, head: usize| {
+        let rows = head * tokens..(head + 1) * tokens;
+        rows.map(|i| row(&inputs[name], i)).collect::<Vec<_>>()
+    };
+    let has_gradient = inputs.contains_key("g");
+    let gradient = |i: usize| if has_gradient { row(&inputs["g"], i) } else { vec![0.0; width] };
+    // The weights of a query, y, and the gradient of the scores.
+    let attend = |q: &[f64], g: &[f64], k: &[Vec<f64>], v: &[Vec<f64>]| {
+        let scores: Vec<f64> = k.iter().map(|k| scale * dot(q, k)).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let exp: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let total: f64 = exp.iter().sum();
+        let weights: Vec<f64> = exp.iter().map(|e| e / total).collect();
+        let mut y = vec![0.0; width];
+        weights.iter().zip(v).for_each(|(weight, v)| add_scaled(&mut y, *weight, v));
+        let along = dot(&y, g);
+        let change = |(weight, v): (&f64, &Vec<f64>)| scale * weight * (dot(g, v) - along);
+        let changes: Vec<f64> = weights.iter().zip(v).map(change).collect();
+        (weights, y, changes)
+    };
+    let of_row = |&i: &usize| {
+        let (head, token) = (i / tokens, i % tokens);
+        let kv_head = head * kv_heads / heads;
+        let seen = |name| (0..=token).map(|j| row(&inputs[name], kv_head * tokens + j)).collect::<Vec<_>>();
+        let k = seen("k");
+        let (_, y, changes) = attend(&row(&inputs["q"], i), &gradient(i), &k, &seen("v"));
+        let mut dq = vec![0.0; width];
+        changes.iter().zip(&k).for_each(|(change, k)| add_scaled(&mut dq, *change, k));
+        [y, dq]
+    };
+    let mut expected = join(["y", "dq"], chosen.par_iter().map(of_row).collect());
+    if case.mode != Mode::Forward {
+        let of_kv_head = |kv_head: usize| {
+            let (k, v) = (rows("k", kv_head), rows("v", kv_head));
+            let zeros = || [vec![0.0; tokens * width], vec![0.0; tokens * width]];
+            let shared = heads / kv_heads;
+            let add = |mut sums: [Vec<f64>; 2], i: usize| {
+                let (q, g) = (row(&inputs["q"], i), gradient(i));
+                let visible = i % tokens + 1;
+                let (weights, _, changes) = attend(&q, &g, &k[..visible], &v[..visible]);
+                let [dk, dv] = &mut sums;
+                for (j, (weight, change)) in weights.iter().zip(&changes).enumerate() {
+                    add_scaled(&mut dk[j * width..(j + 1) * width], *change, &q);
+                    add_scaled(&mut dv[j * width..(j + 1) * width], *weight, &g);
+                }
+                sums
+            };
+            let queries = kv_head * shared * tokens..(kv_head + 1) * shared * tokens;
+            let both = |[a, b]: [Vec<f64>; 2], [c, d]: [Vec<f64>; 2]| [added(a, &c), added(b, &d)];
+            queries.into_par_iter().fold(zeros, add).reduce(zeros, both)
+        };
+        expected.extend(join(["dk", "dv"], (0..kv_heads).map(of_kv_head).collect()));
+    }
     expected
 }
 

@@ -2,13 +2,13 @@
 
 use candle_core::{D, DType, Tensor};
 use candle_fused::ops as fused;
-use candle_fused::{LoraLayout, LoraLinearOptions, RopeLayout, SoftmaxOptions};
+use candle_fused::{LoraLayout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions};
 use candle_nn::{loss, ops as nn, rotary_emb};
 
 use super::call::Arguments;
 use crate::Result;
 use crate::case::{Case, Mode, Op};
-use crate::ops::{EPS, SCALING};
+use crate::ops::{EPS, SCALING, attention_scale};
 
 /// A set of operations on Candle tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,9 +61,42 @@ impl Library {
 
 const LORA: LoraLinearOptions = LoraLinearOptions { scaling: SCALING, dropout: None };
 
+/// `[b, heads, tokens, width]` as `[b, tokens, heads, width]`, or the other way.
+fn by_token(x: &Tensor) -> Result<Tensor> {
+    Ok(candle_fused::view::transpose(x, 1, 2)?)
+}
+
+fn causal(case: &Case) -> SoftmaxOptions {
+    SoftmaxOptions { scale: attention_scale(case), mask: Mask::Causal }
+}
+
+/// As Candle's models write it.
+fn composed_attention(case: &Case, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let ((_, heads, tokens, _), (_, kv_heads, ..)) = (q.dims4()?, k.dims4()?);
+    let repeated = |x: &Tensor| -> Result<Tensor> {
+        let (b, g, t, d) = x.dims4()?;
+        let shared = heads / kv_heads;
+        Ok(x.unsqueeze(2)?.expand((b, g, shared, t, d))?.reshape((b, heads, t, d))?)
+    };
+    let scores = (q.matmul(&repeated(k)?.t()?)? * f64::from(attention_scale(case)))?;
+    let visible = Tensor::tril2(tokens, DType::U8, q.device())?.broadcast_as(scores.shape())?;
+    let hidden = Tensor::new(f32::NEG_INFINITY, q.device())?.to_dtype(q.dtype())?;
+    let scores = visible.where_cond(&scores, &hidden.broadcast_as(scores.shape())?)?;
+    let weights = if case.mode == Mode::Forward {
+        nn::softmax_last_dim(&scores)?
+    } else {
+        nn::softmax(&scores, D::Minus1)?
+    };
+    Ok(weights.matmul(&repeated(v)?)?)
+}
+
 fn ours(case: &Case, arguments: &Arguments) -> Result<Tensor> {
     let get = |name| arguments.get(name);
     Ok(match case.op {
+        Op::Attention => {
+            let [q, k, v] = [by_token(get("q")?)?, by_token(get("k")?)?, by_token(get("v")?)?];
+            by_token(&candle_fused::attention(&q, &k, &v, causal(case))?)?
+        }
         Op::Softmax => candle_fused::softmax(get("x")?, SoftmaxOptions::default())?,
         Op::RmsNorm => candle_fused::rms_norm(get("x")?, Some(get("w")?), EPS)?,
         Op::LayerNorm => candle_fused::layer_norm(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,
@@ -82,6 +115,10 @@ fn ours(case: &Case, arguments: &Arguments) -> Result<Tensor> {
 fn reference(case: &Case, arguments: &Arguments) -> Result<Tensor> {
     let get = |name| arguments.get(name);
     Ok(match case.op {
+        Op::Attention => {
+            let [q, k, v] = [by_token(get("q")?)?, by_token(get("k")?)?, by_token(get("v")?)?];
+            by_token(&fused::attention::reference(&q, &k, &v, causal(case))?)?
+        }
         Op::Softmax => fused::softmax::reference(get("x")?, SoftmaxOptions::default())?,
         Op::RmsNorm => fused::rms_norm::reference(get("x")?, Some(get("w")?), EPS)?,
         Op::LayerNorm => fused::layer_norm::reference(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,
@@ -105,6 +142,7 @@ fn candle(case: &Case, arguments: &Arguments) -> Result<Tensor> {
     let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t()?);
     let delta = |x: &Tensor, a: &Tensor, b: &Tensor| product(&product(x, a)?, b)? * f64::from(SCALING);
     Ok(match case.op {
+        Op::Attention => composed_attention(case, get("q")?, get("k")?, get("v")?)?,
         Op::Softmax if composed => nn::softmax(get("x")?, D::Minus1)?,
         Op::Softmax => nn::softmax_last_dim(get("x")?)?,
         Op::RmsNorm if composed => nn::rms_norm_slow(get("x")?, get("w")?, EPS)?,
