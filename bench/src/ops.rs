@@ -124,8 +124,9 @@ fn heads_shape(case: &Case, cols: usize) -> Vec<usize> {
 }
 
 /// What attention's scores are multiplied by.
+#[expect(clippy::cast_possible_truncation, reason = "a factor near 0.1, in f32 as the ops take it")]
 pub fn attention_scale(case: &Case) -> f32 {
-    (case.size.width as f32).sqrt().recip()
+    as_f64(case.size.width).sqrt().recip() as f32
 }
 
 /// What a case costs at least.

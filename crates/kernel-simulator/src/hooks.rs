@@ -114,7 +114,7 @@ extern "C" fn leave() {
 
 extern "C" fn simd(operation: u32, bits: u32, file: *const c_char, line: u32) -> u32 {
     with(|machine| {
-        machine.threadgroup.wait(What::Simd(operation), Operand::Bits(bits), Place { file, line })
+        machine.threadgroup.wait(What::Simd(operation), Operand::Bits(bits), Place { file, line });
     });
     suspend();
     with(|machine| machine.threadgroup.result())

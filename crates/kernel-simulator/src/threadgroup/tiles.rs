@@ -12,8 +12,8 @@ type Tile = [[f32; TILE]; TILE];
 
 /// Where the value `e` of a lane lies, in a tile.
 fn place(lane: usize, e: usize) -> (usize, usize) {
-    let row = (lane / 4 & 4) + lane / 2 % 4;
-    let column = (lane / 4 & 2) * 2 + lane % 2 * 2;
+    let row = ((lane / 4) & 4) + lane / 2 % 4;
+    let column = ((lane / 4) & 2) * 2 + lane % 2 * 2;
     (row + e / 4 * 8, column + e / 2 % 2 * 8 + e % 2)
 }
 

@@ -84,7 +84,7 @@ impl Arguments {
         if a == Arithmetic::Exact { values } else { decode(&encode(values, element), element) }
     }
 
-    fn row<'a>(tensor: &'a Tensor, width: usize, row: usize) -> &'a [f64] {
+    fn row(tensor: &Tensor, width: usize, row: usize) -> &[f64] {
         &tensor.values[row * width..][..width]
     }
 
