@@ -49,7 +49,7 @@ impl Prepared {
         for input in ops::inputs(&case) {
             let name = input.name;
             let given = tensors.get(name).ok_or_else(|| Error::Engine(format!("no input {name}")))?;
-            let fresh = library.argument(name, &given.copy()?)?;
+            let fresh = library.argument(&case, name, &given.copy()?)?;
             if input.tracked && case.mode != Mode::Forward {
                 let var = Var::from_tensor(&fresh)?;
                 arguments.insert(name, var.as_tensor().clone());
@@ -75,12 +75,14 @@ impl Prepared {
 
     /// What is timed.
     pub fn call(&self) -> Result<Outputs> {
-        if let Some(y) = &self.result {
-            return self.gradients(y);
-        }
-        let y = self.result()?;
-        let gradients = if self.case.mode == Mode::Both { self.gradients(&y)? } else { Outputs::new() };
-        Ok([("y".to_owned(), y)].into_iter().chain(gradients).collect())
+        let outputs = if let Some(y) = &self.result {
+            self.gradients(y)?
+        } else {
+            let y = self.result()?;
+            let gradients = if self.case.mode == Mode::Both { self.gradients(&y)? } else { Outputs::new() };
+            [("y".to_owned(), y)].into_iter().chain(gradients).collect()
+        };
+        outputs.into_iter().map(|(name, x)| Ok((name, self.library.result(&self.case, x)?))).collect()
     }
 
     fn result(&self) -> Result<Tensor> {

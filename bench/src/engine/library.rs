@@ -42,10 +42,20 @@ impl Library {
     }
 
     /// An argument as the library wants it.
-    pub fn argument(self, name: &str, given: &Tensor) -> Result<Tensor> {
-        Ok(match (self, name) {
-            (Self::Candle, "targets") => given.to_dtype(DType::U32)?,
+    pub fn argument(self, case: &Case, name: &str, given: &Tensor) -> Result<Tensor> {
+        Ok(match (self, case.op, name) {
+            (Self::Candle, _, "targets") => given.to_dtype(DType::U32)?,
+            // Heads after tokens, as a model's projections leave them.
+            (Self::Ours, Op::Attention, _) => given.transpose(1, 2)?.contiguous()?,
             _ => given.clone(),
+        })
+    }
+
+    /// A result or gradient, back from how the library has it.
+    pub fn result(self, case: &Case, tensor: Tensor) -> Result<Tensor> {
+        Ok(match (self, case.op) {
+            (Self::Ours, Op::Attention) => tensor.transpose(1, 2)?,
+            _ => tensor,
         })
     }
 
@@ -60,11 +70,6 @@ impl Library {
 }
 
 const LORA: LoraLinearOptions = LoraLinearOptions { scaling: SCALING, dropout: None };
-
-/// `[b, heads, tokens, width]` as `[b, tokens, heads, width]`, or the other way.
-fn by_token(x: &Tensor) -> Result<Tensor> {
-    Ok(candle_fused::view::transpose(x, 1, 2)?)
-}
 
 fn causal(case: &Case) -> SoftmaxOptions {
     SoftmaxOptions { scale: attention_scale(case), mask: Mask::Causal }
@@ -93,10 +98,7 @@ fn composed_attention(case: &Case, q: &Tensor, k: &Tensor, v: &Tensor) -> Result
 fn ours(case: &Case, arguments: &Arguments) -> Result<Tensor> {
     let get = |name| arguments.get(name);
     Ok(match case.op {
-        Op::Attention => {
-            let [q, k, v] = [by_token(get("q")?)?, by_token(get("k")?)?, by_token(get("v")?)?];
-            by_token(&candle_fused::attention(&q, &k, &v, causal(case))?)?
-        }
+        Op::Attention => candle_fused::attention(get("q")?, get("k")?, get("v")?, causal(case))?,
         Op::Softmax => candle_fused::softmax(get("x")?, SoftmaxOptions::default())?,
         Op::RmsNorm => candle_fused::rms_norm(get("x")?, Some(get("w")?), EPS)?,
         Op::LayerNorm => candle_fused::layer_norm(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,
@@ -115,10 +117,7 @@ fn ours(case: &Case, arguments: &Arguments) -> Result<Tensor> {
 fn reference(case: &Case, arguments: &Arguments) -> Result<Tensor> {
     let get = |name| arguments.get(name);
     Ok(match case.op {
-        Op::Attention => {
-            let [q, k, v] = [by_token(get("q")?)?, by_token(get("k")?)?, by_token(get("v")?)?];
-            by_token(&fused::attention::reference(&q, &k, &v, causal(case))?)?
-        }
+        Op::Attention => fused::attention::reference(get("q")?, get("k")?, get("v")?, causal(case))?,
         Op::Softmax => fused::softmax::reference(get("x")?, SoftmaxOptions::default())?,
         Op::RmsNorm => fused::rms_norm::reference(get("x")?, Some(get("w")?), EPS)?,
         Op::LayerNorm => fused::layer_norm::reference(get("x")?, Some(get("w")?), Some(get("b")?), EPS)?,

@@ -4,11 +4,11 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 mod common;
 
-use candle_core::{DType, Device, Tensor};
-use candle_fused::{Dropout, LoraLayout, Mask, RopeLayout};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_fused::{AdamStep, Dropout, LoraLayout, Mask, RopeLayout};
 use common::cases::*;
 use common::{
-    Arg, Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, values, with_less_instructions,
+    Arg, Case, DTYPES, LAYOUTS, Lies, SIZES, arg, bases, devices, run, to_f64, values, with_less_instructions,
 };
 
 /// The cases of one operation in every size, layout and dtype.
@@ -115,6 +115,28 @@ fn attention_over_many_blocks() {
             let (q, kv) = (arg(&[1, 150, 4, 16]), [arg(&[1, 300, 2, 16]), arg(&[1, 300, 2, 16])]);
             attention(q.clone(), kv.clone(), 0.25, Mask::Causal).error_rule(dtype, &device);
             attention(q, kv, 0.25, Mask::None).error_rule(dtype, &device);
+        }
+    }
+}
+
+/// A step of Adam, in the parameter's place, is the processor's.
+#[test]
+fn adam_on_every_device() {
+    let random = |n: usize| Tensor::randn(0f32, 1.0, n, &Device::Cpu).unwrap();
+    let step = AdamStep { beta1: 0.9, beta2: 0.999, eps: 1e-8, rate: 2e-3, root: 0.3, shrink: 0.99, l2: 0.1 };
+    for n in [1, 31, 1000, 4097] {
+        let tensors = [random(n), random(n), random(n).sqr().unwrap(), random(n)];
+        let outcome = |device: &Device| {
+            let [value, first, second, gradient] = tensors.each_ref().map(|x| x.to_device(device).unwrap());
+            let value = Var::from_tensor(&value).unwrap();
+            let [first, second] = candle_fused::adam(&value, &first, &second, &gradient, step).unwrap();
+            [value.as_detached_tensor(), first, second].map(|x| to_f64(&x).unwrap())
+        };
+        let expected = outcome(&Device::Cpu);
+        for device in devices() {
+            for (got, expected) in outcome(&device).iter().flatten().zip(expected.iter().flatten()) {
+                assert!((got - expected).abs() <= 1e-6 * (1.0 + expected.abs()), "{got} is not {expected}");
+            }
         }
     }
 }
