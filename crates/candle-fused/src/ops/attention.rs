@@ -9,7 +9,7 @@
 //!
 //! On a GPU the heads' rows are tiles of 16-bit values, multiplied by its matrix units: scores exist in registers alone
 //! (`kernels/attention.metal`), and the logarithms of the sums of their exponentials are saved for the backward. What has no such
-//! tiles is done by products ([`attention_products`]).
+//! tiles is done by products (`attention_products.rs`).
 
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::attention::{Attention as Plans, AttentionGradients};
