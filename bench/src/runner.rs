@@ -182,7 +182,7 @@ fn one(
         index += 1;
     }
     let outcomes = entries.into_iter().flat_map(|entry| entry.outcomes).collect();
-    Ok(CaseReport::new(case, about, outcomes, &settings.physics, others))
+    Ok(CaseReport::new((case, about), settings.device, outcomes, &settings.physics, others))
 }
 
 /// Has every engine do what is not measured: side by side beside a GPU, whose machine has processors enough.
