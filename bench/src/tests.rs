@@ -255,6 +255,7 @@ fn every_operation_runs_and_agrees_with_float64() {
         let mut small = Vec::new();
         for chosen in &cases {
             let size = match chosen.op {
+                Op::Attention => Size { rows: 150, cols: 48, out: 16, rank: 0, width: 16 },
                 Op::Rope => Size { rows: 150, cols: 48, out: 0, rank: 0, width: 16 },
                 Op::FrozenLinear => Size { rows: 150, cols: 33, out: 31, rank: 0, width: 0 },
                 Op::LoraDelta | Op::LoraLinear => Size { rows: 150, cols: 33, out: 31, rank: 5, width: 0 },
