@@ -11,18 +11,19 @@ use crate::machine::{DISTURBANCE, Facts};
 use crate::measure::Measured;
 use crate::ops;
 use crate::protocol::{Hello, Paths, Way};
-use crate::statistics::{median, quantile, spread};
+use crate::statistics::{least_quarter, median, spread};
 use crate::training::Training;
 
 /// What everything is compared with.
 pub const BASELINE: &str = "ours fused";
 
-/// The share of passes that are faster than the time that counts. What others do on a processor makes a pass slower, never
-/// faster; on a GPU few passes are made, and there is nobody else.
-const fn share(device: DeviceName) -> f64 {
+/// The time of some passes that counts. What others do on a processor makes a pass slower, never faster; on a GPU few passes
+/// are made, and there is nobody else.
+fn typical(device: DeviceName, passes: &[Option<f64>]) -> f64 {
+    let passes: Vec<f64> = passes.iter().flatten().copied().collect();
     match device {
-        DeviceName::Cpu => 0.1,
-        DeviceName::Cuda => 0.5,
+        DeviceName::Cpu => least_quarter(&passes),
+        DeviceName::Cuda => median(&passes),
     }
 }
 
@@ -67,7 +68,7 @@ pub struct Outcome {
     pub way: Way,
     /// Median microseconds of a call, in each pass of each round.
     pub passes_us: Vec<Option<f64>>,
-    /// On a GPU the median of the passes, on a processor their tenth percentile.
+    /// On a GPU the median of the passes, on a processor the mean of their fastest quarter.
     pub us: Option<f64>,
     /// Our time over this one.
     pub ratio: Option<f64>,
@@ -129,9 +130,6 @@ impl CaseReport {
         others: f64,
     ) -> Self {
         let cost = ops::cost(case);
-        let typical = |passes: &[Option<f64>]| {
-            quantile(&passes.iter().flatten().copied().collect::<Vec<_>>(), share(device))
-        };
         for outcome in outcomes.iter_mut().filter(|outcome| outcome.problem.is_some()) {
             outcome.passes_us.clear();
         }
@@ -141,7 +139,7 @@ impl CaseReport {
             .map(|outcome| (outcome.way, outcome.passes_us.clone()))
             .collect();
         for outcome in outcomes.iter_mut().filter(|outcome| !outcome.passes_us.is_empty()) {
-            let us = typical(&outcome.passes_us);
+            let us = typical(device, &outcome.passes_us);
             outcome.us = Some(us);
             outcome.of_bandwidth = Some(cost.bytes / (us * 1e-6) / physics.copy);
             outcome.of_products = (cost.product_operations > 0.0)
@@ -151,7 +149,7 @@ impl CaseReport {
             let ratios: Vec<f64> = pairs.filter_map(|(ours, us)| Some((*ours)? / (*us)?)).collect();
             if !ratios.is_empty() {
                 outcome.ratio = Some(match device {
-                    DeviceName::Cpu => typical(ours) / us,
+                    DeviceName::Cpu => typical(device, ours) / us,
                     DeviceName::Cuda => median(&ratios),
                 });
                 outcome.ratio_spread = Some(spread(&ratios));
