@@ -34,3 +34,10 @@ fn an_unknown_op_lists_those_there_are() {
         "{errors}"
     );
 }
+
+#[test]
+fn an_op_without_kernels_for_a_type_says_so() {
+    let (code, text, errors) = kernels(&["--op", "attention", "--dtype", "f32"]);
+    assert_eq!((code, text.as_str()), (Some(1), ""));
+    assert!(errors.contains("attention has no kernels for float"), "{errors}");
+}

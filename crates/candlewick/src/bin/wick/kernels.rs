@@ -59,6 +59,10 @@ pub fn run(options: &Options) -> Outcome {
     for op in ops().iter().filter(|op| wanted(op.name)) {
         for storage in &storages {
             let texts = op.texts(target, *storage).map_err(|e| Error::Config(format!("{}: {e}", op.name)))?;
+            if texts.is_empty() && options.op.is_some() && options.dtype.is_some() {
+                let (name, word) = (op.name, storage.word());
+                return Err(Error::Config(format!("{name} has no kernels for {word}")));
+            }
             for (launch, text) in texts {
                 let heading = format!("// {}: {} for {}", op.name, launch.kernel, storage.word());
                 if writeln!(out, "{heading}\n{text}").is_err() {
