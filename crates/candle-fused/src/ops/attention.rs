@@ -20,12 +20,13 @@ use super::attention_products;
 use super::softmax::{self, Mask, SoftmaxOptions};
 use crate::DeviceError;
 use crate::backend::products::{Heads, with_heads};
-use crate::backend::{self, Attempt, Failure, Kernel, gpu};
+use crate::backend::{self, Attempt, DeviceKind, Failure, Kernel, gpu};
 use crate::check;
 use crate::cpu::attention::{Head, HeadGradients, QUERIES};
 use crate::cpu::gemm;
 use crate::cpu::lanes::Element;
 use crate::graph::{self, Backward};
+use crate::telemetry;
 
 const OP: &str = "attention";
 
@@ -122,7 +123,9 @@ impl Kernel for Forward<'_> {
         }
         if let Some(tiles) = Tiles::of([q, k, v], self.options)? {
             match tiles.forward() {
-                Err(Failure::Device(DeviceError::Unsupported { .. })) => {}
+                Err(Failure::Device(error @ DeviceError::Unsupported { .. })) => {
+                    telemetry::warn_once("attention by tiles", DeviceKind::of(q.device()), &error);
+                }
                 attempt => return attempt,
             }
         }

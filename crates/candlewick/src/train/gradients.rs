@@ -33,7 +33,7 @@ impl Gradients {
     }
 
     /// Each by itself.
-    const fn of(tensors: Vec<Option<Tensor>>) -> Self {
+    pub(super) const fn of(tensors: Vec<Option<Tensor>>) -> Self {
         Self { tensors, joined: None }
     }
 

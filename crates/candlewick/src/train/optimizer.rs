@@ -223,3 +223,47 @@ impl Moments {
 fn state_name(kind: &str, parameter: &str) -> String {
     format!("optimizer.{kind}.{parameter}")
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// In f32 and with an f32 copy of 16 bits: without a gradient nothing moves, and what `state` gave does not move at all.
+    #[test]
+    fn what_has_no_gradient_stays() {
+        let values = |tensor: &Tensor| {
+            tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let random = || Tensor::randn(0f32, 1.0, (3, 5), &Device::Cpu).unwrap();
+        let parameters: Vec<Parameter> = [DType::F32, DType::BF16]
+            .map(|dtype| Parameter {
+                name: dtype.as_str().to_owned(),
+                var: Var::from_tensor(&random().to_dtype(dtype).unwrap()).unwrap(),
+                zero_first_gradient: false,
+            })
+            .into();
+        let mut optimizer = Optimizer::new(OptimizerConfig::default(), &parameters).unwrap();
+        let mut step = |has: [bool; 2]| {
+            let before = optimizer.state(&parameters).unwrap();
+            let kept: Vec<_> = before.iter().map(|(_, tensor)| values(tensor)).collect();
+            let weights = parameters.iter().map(|p| values(&p.var)).collect::<Vec<_>>();
+            let gradients = Gradients::of(has.map(|has| has.then(random)).into());
+            optimizer.step(&parameters, &gradients, 0.1).unwrap();
+            for ((name, tensor), kept) in before.iter().zip(&kept) {
+                assert_eq!(&values(tensor), kept, "{name} was given, and changed");
+            }
+            for ((name, tensor), kept) in optimizer.state(&parameters).unwrap().iter().zip(&kept) {
+                let moves = has[usize::from(name.ends_with("bf16"))];
+                assert_eq!(values(tensor) != *kept, moves, "{name}");
+            }
+            for ((parameter, weights), moves) in parameters.iter().zip(&weights).zip(has) {
+                assert_eq!(values(&parameter.var) != *weights, moves, "{}", parameter.name);
+            }
+        };
+        for has in [[true, true], [true, false], [false, true]] {
+            step(has);
+        }
+    }
+}

@@ -4,7 +4,7 @@ use super::{Fiber, LANES, Operand, Status, Tiles};
 use candlewick_kernels::launch::TILE;
 
 /// Values of a tile that a lane holds.
-pub(crate) const HELD: usize = TILE * TILE / LANES;
+const HELD: usize = TILE * TILE / LANES;
 /// The distances between lanes that hold the same rows.
 pub(super) const SAME_ROWS: [usize; 2] = [1, 8];
 
@@ -17,7 +17,7 @@ fn place(lane: usize, e: usize) -> (usize, usize) {
     (row + e / 4 * 8, column + e / 2 % 2 * 8 + e % 2)
 }
 
-/// `sum += left · right`, one term after the other, each product and sum rounded once.
+/// `sum += left · right`, one term after the other, with one rounding for each.
 pub(super) fn multiply(lanes: &mut [Fiber]) {
     let [mut sum, mut left, mut right] = [Tile::default(); 3];
     let operands: Vec<Tiles> = lanes.iter().filter_map(|lane| operand(lane.status)).collect();
