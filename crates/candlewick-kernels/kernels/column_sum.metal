@@ -8,6 +8,9 @@
 //
 // A second matrix of the same shape is summed by the same launch, TG_POS.y = 1: a norm's bias beside its weight.
 
+// Partial rows that a simdgroup reads before it adds them.
+#define AHEAD 8u
+
 struct ColumnSumParams {
     uint parts;
     uint columns;
@@ -21,7 +24,16 @@ KERNEL(column_sum, DEVICE const float* first_partial, DEVICE T* first_total, DEV
     const uint column = TG_POS.x * SIMDGROUP_SIZE + LANE;
     float sum = 0.0f;
     if (column < p.columns) {
-        for (uint part = SIMD_ID; part < p.parts; part += STRIPS) sum += partial[ulong(part) * p.columns + column];
+        for (uint first = SIMD_ID; first < p.parts; first += AHEAD * STRIPS) {
+            float values[AHEAD];
+            UNROLL
+            for (uint i = 0u; i < AHEAD; i++) {
+                const uint part = first + i * STRIPS;
+                values[i] = part < p.parts ? partial[ulong(part) * p.columns + column] : 0.0f;
+            }
+            UNROLL
+            for (uint i = 0u; i < AHEAD; i++) sum += values[i];
+        }
     }
     strips[SIMD_ID * SIMDGROUP_SIZE + LANE] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -35,8 +35,8 @@ DEVFN bool is_class(INT64 target, uint columns) { return target >= 0 && target <
 
 KERNEL(cross_entropy_rows, DEVICE const T* logits, DEVICE const TARGET* targets, DEVICE float* lse,
        DEVICE float* losses, PARAM(CrossEntropyParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     DEVICE const T* logits_row = logits + ulong(row) * p.columns;
@@ -68,10 +68,10 @@ KERNEL(cross_entropy_rows, DEVICE const T* logits, DEVICE const TARGET* targets,
 
 KERNEL(cross_entropy_mean, DEVICE const float* losses, DEVICE const TARGET* targets, DEVICE float* loss,
        DEVICE float* counted, DEVICE uint* invalid, PARAM(CrossEntropyParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
     TG_ARRAY(uint, counts, SIMDGROUP_SIZE);
     TG_ARRAY(uint, firsts, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     float sum = 0.0f;
     uint count = 0u;
     uint first_invalid = NO_ROW;
@@ -107,8 +107,8 @@ KERNEL(cross_entropy_mean, DEVICE const float* losses, DEVICE const TARGET* targ
 
 KERNEL(cross_entropy_backward, DEVICE const T* logits, DEVICE const TARGET* targets, DEVICE const float* lse,
        DEVICE const float* counted, DEVICE const float* grad, DEVICE T* grad_logits, PARAM(CrossEntropyParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     const ulong start = ulong(row) * p.columns;

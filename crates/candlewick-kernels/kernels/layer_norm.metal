@@ -5,10 +5,12 @@
 //   dw = Σ_rows g · x̂        db = Σ_rows g
 //
 // Memory. As rms_norm: the row stays in registers, mean and r are recomputed by the backward, which loads the next row
-// while it works on one; the sums over rows are per team in registers and added by column_sum. The variance is the mean of squared distances from the mean, in a
-// second pass over the registers: the difference of mean square and squared mean would cancel.
+// while it works on one; the sums over rows are per team in registers and added by column_sum.
 //
-// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by
+// Variance. Mean square minus squared mean takes one reduction instead of two, but cancels where the mean is far from
+// zero. A row where it would cost digits has its mean first, and then the mean of squared distances from it.
+//
+// Range. As rms_norm: a mean square beyond [1e-28, 1e37] is taken again with the distances divided by
 // the largest one's power of two.
 
 struct LayerNormParams {
@@ -18,7 +20,7 @@ struct LayerNormParams {
     float eps;
 };
 
-DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+DEVFN float mean_of(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
     // Dividing before adding keeps the sum of a row of large values finite.
     const float share = 1.0f / float(columns);
     float sum = 0.0f;
@@ -31,7 +33,7 @@ DEVFN float mean_of(THREAD const Team& team, DEVICE const T* x_row, THREAD float
     return row_sum(team, sum);
 }
 
-DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
+DEVFN float mean_square(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
                         float scale) {
     float squares = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
@@ -46,7 +48,7 @@ DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD f
     return row_sum(team, squares) / float(columns);
 }
 
-DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns,
+DEVFN float largest_distance(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns,
                              float mean) {
     float largest = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
@@ -59,7 +61,7 @@ DEVFN float largest_distance(THREAD const Team& team, DEVICE const T* x_row, THR
 }
 
 // r of a row with this mean; where the row is not LOOPED, x holds it.
-DEVFN float inverse_deviation(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
+DEVFN float inverse_deviation(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float mean,
                               float eps) {
     const float square = mean_square(team, x_row, x, columns, mean, 1.0f);
     if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
@@ -71,10 +73,23 @@ DEVFN float inverse_deviation(THREAD const Team& team, DEVICE const T* x_row, TH
     return scale / precise::sqrt(scaled + (eps * scale) * scale);
 }
 
+// How many variances the squared mean may be for Σ x² to hold the variance: a float has digits to lose where 16 bits are
+// stored.
+DEVFN float most_variances(float) { return 0.5f; }
+template <typename U> DEVFN float most_variances(U) { return 8.0f; }
+
+// Mean and r from Σ x and Σ x² of a row: whether they have as many digits as those around the mean would.
+DEVFN bool moments(float sum, float squares, uint columns, float eps, THREAD float& mean, THREAD float& r) {
+    mean = sum / float(columns);
+    const float square = squares / float(columns) - mean * mean;
+    r = 1.0f / precise::sqrt(square + eps);
+    return square + eps >= 1e-28f && square <= 1e37f && mean * mean <= most_variances(T()) * square;
+}
+
 KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bias, DEVICE T* y,
        PARAM(LayerNormParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     DEVICE const T* x_row = x + ulong(row) * p.columns;
@@ -82,8 +97,23 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
 
     float values[HELD];
     load_row(team, x_row, values, p.columns);
-    const float mean = mean_of(team, x_row, values, p.columns);
-    const float r = inverse_deviation(team, x_row, values, p.columns, mean, p.eps);
+    float sums[2] = {0.0f, 0.0f};
+    for (uint k = 0u; k < row_chunks(p.columns); k++) {
+        const uint column = chunk_column(team, k);
+        if (column >= p.columns) continue;
+        THREAD float* chunk = values + held_at(k);
+        if (LOOPED) load_chunk(x_row + column, chunk);
+        for (uint i = 0u; i < WIDTH; i++) {
+            sums[0] += chunk[i];
+            sums[1] = fma(chunk[i], chunk[i], sums[1]);
+        }
+    }
+    row_sums<2u>(team, sums);
+    float mean, r;
+    if (!moments(sums[0], sums[1], p.columns, p.eps, mean, r)) {
+        mean = mean_of(team, x_row, values, p.columns);
+        r = inverse_deviation(team, x_row, values, p.columns, mean, p.eps);
+    }
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= p.columns) continue;
@@ -104,13 +134,11 @@ KERNEL(layer_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* bi
     }
 }
 
-// Σ (x − mean)², Σ g·w·(x − mean)·scale and Σ g·w of a row; where the row is not LOOPED, x and g hold it and the gradient.
-DEVFN void weighted_sums(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row,
-                         DEVICE const T* weight, THREAD float* x, THREAD float* g, uint columns, float mean,
-                         float scale, THREAD float& squares, THREAD float& dot, THREAD float& sum) {
-    squares = 0.0f;
-    dot = 0.0f;
-    sum = 0.0f;
+// Adds Σ (x − from), Σ (x − from)², Σ g·w·(x − from)·scale and Σ g·w of a row; where the row is not LOOPED, x and g hold
+// it and the gradient, and packed_weight the weight.
+DEVFN void add_sums(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row, DEVICE const T* weight,
+                    THREAD const PackedChunk* packed_weight, THREAD float* x, THREAD float* g, uint columns, float from,
+                    float scale, THREAD float* sums) {
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= columns) continue;
@@ -119,21 +147,22 @@ DEVFN void weighted_sums(THREAD const Team& team, DEVICE const T* x_row, DEVICE 
             load_chunk(grad_row + column, g);
         }
         float w[WIDTH];
-        if (WEIGHT) load_chunk(weight + column, w);
+        if (WEIGHT) load_weight(weight + column, packed_weight, k, w);
         for (uint i = 0u; i < WIDTH; i++) {
-            const float distance = x[held_at(k) + i] - mean;
+            const float distance = x[held_at(k) + i] - from;
             const float weighted = WEIGHT ? g[held_at(k) + i] * w[i] : g[held_at(k) + i];
-            squares = fma(distance, distance, squares);
-            dot = fma(weighted, distance * scale, dot);
-            sum += weighted;
+            sums[0] += distance;
+            sums[1] = fma(distance, distance, sums[1]);
+            sums[2] = fma(weighted, distance * scale, sums[2]);
+            sums[3] += weighted;
         }
     }
 }
 
 KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
        DEVICE float* weight_partial, DEVICE float* bias_partial, PARAM(LayerNormParams, p)) {
-    TG_ARRAY(float, scratch, 3 * SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint first = team_index(team, TG_POS.x, N_SIMD);
     if (first >= p.teams) return;
     DEVICE float* weight_row = weight_partial + ulong(first) * p.columns;
@@ -145,11 +174,13 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
         weight_sums[i] = 0.0f;
         bias_sums[i] = 0.0f;
     }
-    // The next row is on its way while this one is worked on.
+    // The next row is on its way while one is worked on.
     PackedChunk next_x[PACKED_ITEMS];
     PackedChunk next_grad[PACKED_ITEMS];
     load_packed_row(team, x + ulong(first) * p.columns, next_x, p.columns);
     load_packed_row(team, grad + ulong(first) * p.columns, next_grad, p.columns);
+    PackedChunk packed_weight[PACKED_ITEMS];
+    if (WEIGHT && HOLDS_WEIGHT) load_packed_row(team, weight, packed_weight, p.columns);
     for (uint row = first; row < p.rows; row += p.teams) {
         DEVICE const T* x_row = x + ulong(row) * p.columns;
         DEVICE const T* grad_row = grad + ulong(row) * p.columns;
@@ -162,21 +193,22 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
             load_packed_row(team, grad_row + ulong(p.teams) * p.columns, next_grad, p.columns);
         }
 
-        // The sums beside the mean at once, as if r were 1; again with r in its place where that leaves f32.
-        const float mean = mean_of(team, x_row, values, p.columns);
-        float squares, dot, sum;
-        weighted_sums(team, x_row, grad_row, weight, values, grads, p.columns, mean, 1.0f, squares, dot, sum);
-        row_sum3(team, squares, dot, sum);
-        const float square = squares / float(p.columns);
-        float r = 1.0f / precise::sqrt(square + p.eps);
-        dot *= r;
-        if (!(square + p.eps >= 1e-28f && square <= 3e38f && fabs(dot) <= 3e38f)) {
+        // All sums at once, around zero and as if r were 1; again around the mean, with r in its place, where that loses
+        // digits or leaves f32.
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        add_sums(team, x_row, grad_row, weight, packed_weight, values, grads, p.columns, 0.0f, 1.0f, sums);
+        row_sums<4u>(team, sums);
+        float mean, r;
+        const bool are_good = moments(sums[0], sums[1], p.columns, p.eps, mean, r);
+        float dot = (sums[2] - mean * sums[3]) * r;
+        if (!(are_good && fabs(dot) <= 3e38f)) {
+            mean = mean_of(team, x_row, values, p.columns);
             r = inverse_deviation(team, x_row, values, p.columns, mean, p.eps);
-            float own;
-            weighted_sums(team, x_row, grad_row, weight, values, grads, p.columns, mean, r, squares, dot, own);
-            dot = row_sum(team, dot);
+            float again[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            add_sums(team, x_row, grad_row, weight, packed_weight, values, grads, p.columns, mean, r, again);
+            dot = row_sum(team, again[2]);
         }
-        const float mean_dot = dot / float(p.columns), mean_grad = sum / float(p.columns);
+        const float mean_dot = dot / float(p.columns), mean_grad = sums[3] / float(p.columns);
 
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             const uint column = chunk_column(team, k);
@@ -188,7 +220,7 @@ KERNEL(layer_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE co
                 load_chunk(grad_row + column, g);
             }
             float w[WIDTH];
-            if (WEIGHT) load_chunk(weight + column, w);
+            if (WEIGHT) load_weight(weight + column, packed_weight, k, w);
             for (uint i = 0u; i < WIDTH; i++) {
                 normal[i] = (normal[i] - mean) * r;
                 const float taken = g[i] * normal[i];

@@ -25,7 +25,7 @@ struct RmsNormParams {
     float eps;
 };
 
-DEVFN float largest_magnitude(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
+DEVFN float largest_magnitude(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns) {
     float largest = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -36,7 +36,7 @@ DEVFN float largest_magnitude(THREAD const Team& team, DEVICE const T* x_row, TH
     return row_max(team, largest);
 }
 
-DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float scale) {
+DEVFN float mean_square(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float scale) {
     float squares = 0.0f;
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
@@ -51,7 +51,7 @@ DEVFN float mean_square(THREAD const Team& team, DEVICE const T* x_row, THREAD f
 }
 
 // r of a row; where the row is not LOOPED, x holds it.
-DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
+DEVFN float inverse_rms(THREAD Team& team, DEVICE const T* x_row, THREAD float* x, uint columns, float eps) {
     const float square = mean_square(team, x_row, x, columns, 1.0f);
     if (square + eps >= 1e-28f && square <= 3e38f) return 1.0f / precise::sqrt(square + eps);
     const float largest = largest_magnitude(team, x_row, x, columns);
@@ -63,8 +63,8 @@ DEVFN float inverse_rms(THREAD const Team& team, DEVICE const T* x_row, THREAD f
 }
 
 KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(RmsNormParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     DEVICE const T* x_row = x + ulong(row) * p.columns;
@@ -85,11 +85,10 @@ KERNEL(rms_norm, DEVICE const T* x, DEVICE const T* weight, DEVICE T* y, PARAM(R
     }
 }
 
-// Σ g·w·x·scale of a row; where the row is not LOOPED, x and g hold it and the gradient. Adds the squares of x too.
-DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row,
-                         DEVICE const T* weight, THREAD float* x, THREAD float* g, uint columns, float scale,
-                         THREAD float& squares) {
-    float dot = 0.0f;
+// Adds Σ x² and Σ g·w·x·scale of a row; where the row is not LOOPED, x and g hold it and the gradient.
+DEVFN void add_sums(THREAD const Team& team, DEVICE const T* x_row, DEVICE const T* grad_row, DEVICE const T* weight,
+                    THREAD const PackedChunk* packed_weight, THREAD float* x, THREAD float* g, uint columns,
+                    float scale, THREAD float* sums) {
     for (uint k = 0u; k < row_chunks(columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= columns) continue;
@@ -98,31 +97,32 @@ DEVFN float weighted_dot(THREAD const Team& team, DEVICE const T* x_row, DEVICE 
             load_chunk(grad_row + column, g);
         }
         float w[WIDTH];
-        if (WEIGHT) load_chunk(weight + column, w);
+        if (WEIGHT) load_weight(weight + column, packed_weight, k, w);
         for (uint i = 0u; i < WIDTH; i++) {
             const float v = x[held_at(k) + i], weighted = WEIGHT ? g[held_at(k) + i] * w[i] : g[held_at(k) + i];
-            squares = fma(v, v, squares);
-            dot = fma(weighted, v * scale, dot);
+            sums[0] = fma(v, v, sums[0]);
+            sums[1] = fma(weighted, v * scale, sums[1]);
         }
     }
-    return dot;
 }
 
 KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE const T* grad, DEVICE T* grad_x,
        DEVICE float* partial, PARAM(RmsNormParams, p)) {
-    TG_ARRAY(float, scratch, 2 * SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint first = team_index(team, TG_POS.x, N_SIMD);
     if (first >= p.teams) return;
     DEVICE float* partial_row = partial + ulong(first) * p.columns;
 
     float weight_sums[HELD];
     for (uint i = 0u; i < HELD; i++) weight_sums[i] = 0.0f;
-    // The next row is on its way while this one is worked on.
+    // The next row is on its way while one is worked on.
     PackedChunk next_x[PACKED_ITEMS];
     PackedChunk next_grad[PACKED_ITEMS];
     load_packed_row(team, x + ulong(first) * p.columns, next_x, p.columns);
     load_packed_row(team, grad + ulong(first) * p.columns, next_grad, p.columns);
+    PackedChunk packed_weight[PACKED_ITEMS];
+    if (WEIGHT && HOLDS_WEIGHT) load_packed_row(team, weight, packed_weight, p.columns);
     for (uint row = first; row < p.rows; row += p.teams) {
         DEVICE const T* x_row = x + ulong(row) * p.columns;
         DEVICE const T* grad_row = grad + ulong(row) * p.columns;
@@ -136,15 +136,17 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
         }
 
         // Both sums at once, as if r were 1; again with r in its place where that leaves f32.
-        float squares = 0.0f;
-        float dot = weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, 1.0f, squares);
-        row_sum2(team, squares, dot);
-        const float square = squares / float(p.columns);
+        float sums[2] = {0.0f, 0.0f};
+        add_sums(team, x_row, grad_row, weight, packed_weight, values, grads, p.columns, 1.0f, sums);
+        row_sums<2u>(team, sums);
+        const float square = sums[0] / float(p.columns);
         float r = 1.0f / precise::sqrt(square + p.eps);
-        dot *= r;
+        float dot = sums[1] * r;
         if (!(square + p.eps >= 1e-28f && square <= 3e38f && fabs(dot) <= 3e38f)) {
             r = inverse_rms(team, x_row, values, p.columns, p.eps);
-            dot = row_sum(team, weighted_dot(team, x_row, grad_row, weight, values, grads, p.columns, r, squares));
+            sums[1] = 0.0f;
+            add_sums(team, x_row, grad_row, weight, packed_weight, values, grads, p.columns, r, sums);
+            dot = row_sum(team, sums[1]);
         }
         const float mean = dot / float(p.columns);
 
@@ -153,16 +155,16 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
             if (column >= p.columns) continue;
             THREAD float* normal = values + held_at(k);
             THREAD float* g = grads + held_at(k);
-            THREAD float* sums = weight_sums + held_at(k);
+            THREAD float* kept = weight_sums + held_at(k);
             if (LOOPED) {
                 load_chunk(x_row + column, normal);
                 load_chunk(grad_row + column, g);
             }
             float w[WIDTH];
-            if (WEIGHT) load_chunk(weight + column, w);
+            if (WEIGHT) load_weight(weight + column, packed_weight, k, w);
             for (uint i = 0u; i < WIDTH; i++) {
                 normal[i] *= r;
-                sums[i] = LOOPED ? g[i] * normal[i] : fma(g[i], normal[i], sums[i]);
+                kept[i] = LOOPED ? g[i] * normal[i] : fma(g[i], normal[i], kept[i]);
                 const float weighted = WEIGHT ? g[i] * w[i] : g[i];
                 g[i] = r * fma(-normal[i], mean, weighted);
             }
@@ -170,7 +172,7 @@ KERNEL(rms_norm_backward, DEVICE const T* x, DEVICE const T* weight, DEVICE cons
             if (WEIGHT_GRAD && LOOPED) {
                 // Too long for registers: this thread's columns of the partial row are the accumulator.
                 for (uint i = 0u; i < WIDTH; i++)
-                    partial_row[column + i] = row == first ? sums[i] : partial_row[column + i] + sums[i];
+                    partial_row[column + i] = row == first ? kept[i] : partial_row[column + i] + kept[i];
             }
         }
     }

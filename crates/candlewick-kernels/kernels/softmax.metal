@@ -28,15 +28,18 @@ DEVFN uint visible_columns(uint row, uint columns, uint queries) {
     return CAUSAL ? row % queries + 1u + (columns - queries) : columns;
 }
 
-// s·x of one chunk, hidden columns as −∞.
-DEVFN void load_scores(DEVICE const T* x_row, uint column, uint visible, float scale, THREAD float* scores) {
-    if (!CAUSAL || column < visible) load_chunk(x_row + column, scores);
-    for (uint i = 0u; i < WIDTH; i++) scores[i] = !CAUSAL || column + i < visible ? scores[i] * scale : -INFINITY;
+// exp(v) for v ≤ 0. What is stored in 16 bits does not show the last digits of a float.
+DEVFN float power(float v, float) { return precise::exp(v); }
+template <typename U> DEVFN float power(float v, U) { return precise::exp2(v * 1.44269504f); }
+
+// s·x of one chunk that is loaded, hidden columns as −∞.
+DEVFN void to_scores(uint column, uint visible, float scale, THREAD float* chunk) {
+    for (uint i = 0u; i < WIDTH; i++) chunk[i] = !CAUSAL || column + i < visible ? chunk[i] * scale : -INFINITY;
 }
 
 KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     DEVICE const T* x_row = x + ulong(row) * p.columns;
@@ -44,30 +47,32 @@ KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
     const uint visible = visible_columns(row, p.columns, p.queries);
 
     float scores[HELD];
+    load_row(team, x_row, scores, visible);
     float largest = LOWEST;
     float sum = 0.0f;
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= (LOOPED ? visible : p.columns)) continue;
         THREAD float* chunk = scores + held_at(k);
-        load_scores(x_row, column, visible, p.scale, chunk);
+        if (LOOPED) load_chunk(x_row + column, chunk);
+        to_scores(column, visible, p.scale, chunk);
         const float before = largest;
         for (uint i = 0u; i < WIDTH; i++) largest = fmax(largest, chunk[i]);
         if (LOOPED) {
-            sum *= precise::exp(before - largest);
-            for (uint i = 0u; i < WIDTH; i++) sum += precise::exp(chunk[i] - largest);
+            sum *= power(before - largest, T());
+            for (uint i = 0u; i < WIDTH; i++) sum += power(chunk[i] - largest, T());
         }
     }
     const float own = largest;
     largest = row_max(team, largest);
     if (LOOPED) {
-        sum *= precise::exp(own - largest);
+        sum *= power(own - largest, T());
     } else {
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             if (chunk_column(team, k) >= p.columns) continue;
             THREAD float* chunk = scores + held_at(k);
             for (uint i = 0u; i < WIDTH; i++) {
-                chunk[i] = precise::exp(chunk[i] - largest);
+                chunk[i] = power(chunk[i] - largest, T());
                 sum += chunk[i];
             }
         }
@@ -78,8 +83,9 @@ KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
         if (column >= p.columns) continue;
         THREAD float* chunk = scores + held_at(k);
         if (LOOPED) {
-            load_scores(x_row, column, visible, p.scale, chunk);
-            for (uint i = 0u; i < WIDTH; i++) chunk[i] = precise::exp(chunk[i] - largest);
+            if (column < visible) load_chunk(x_row + column, chunk);
+            to_scores(column, visible, p.scale, chunk);
+            for (uint i = 0u; i < WIDTH; i++) chunk[i] = power(chunk[i] - largest, T());
         }
         for (uint i = 0u; i < WIDTH; i++) chunk[i] *= inverse;
         store_chunk(y_row + column, chunk);
@@ -87,8 +93,8 @@ KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
 }
 
 KERNEL(softmax_backward, DEVICE const T* y, DEVICE const T* grad, DEVICE T* grad_x, PARAM(SoftmaxParams, p)) {
-    TG_ARRAY(float, scratch, SIMDGROUP_SIZE);
-    const Team team = {scratch, LANE, SIMD_ID};
+    TG_ARRAY(float, scratch, ROW_SCRATCH);
+    Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     const ulong start = ulong(row) * p.columns;
@@ -96,13 +102,21 @@ KERNEL(softmax_backward, DEVICE const T* y, DEVICE const T* grad, DEVICE T* grad
     float probabilities[HELD];
     float grads[HELD];
     float dot = 0.0f;
+    PackedChunk packed_y[PACKED_ITEMS];
+    PackedChunk packed_grad[PACKED_ITEMS];
+    load_packed_row(team, y + start, packed_y, p.columns);
+    load_packed_row(team, grad + start, packed_grad, p.columns);
+    unpack_row(team, packed_y, probabilities, p.columns);
+    unpack_row(team, packed_grad, grads, p.columns);
     for (uint k = 0u; k < row_chunks(p.columns); k++) {
         const uint column = chunk_column(team, k);
         if (column >= p.columns) continue;
         THREAD float* chunk = probabilities + held_at(k);
         THREAD float* g = grads + held_at(k);
-        load_chunk(y + start + column, chunk);
-        load_chunk(grad + start + column, g);
+        if (LOOPED) {
+            load_chunk(y + start + column, chunk);
+            load_chunk(grad + start + column, g);
+        }
         for (uint i = 0u; i < WIDTH; i++) dot = fma(chunk[i], g[i], dot);
     }
     dot = row_sum(team, dot);

@@ -7,7 +7,7 @@ use crate::rows::LANES;
 /// Partial rows that one simdgroup of the sum takes, at least.
 const ROWS_PER_STRIP: usize = 8;
 /// The most simdgroups that share the rows of one stretch of columns.
-const MOST_STRIPS: usize = 16;
+const MOST_STRIPS: usize = 32;
 
 /// Sums `parts` rows (none gives zeros) of `columns` floats in the buffer `partial` into the buffer `total`, stored
 /// as `storage`; a second pair of buffers likewise. `None` where there is no column.

@@ -1,12 +1,12 @@
 //! Plans of cross-entropy; the mathematics is at the head of `kernels/cross_entropy.metal`.
 
-use crate::launch::{Element, KernelFile, Launch, Plan, PlanError, Storage};
-use crate::params::{Buffers, Params, Tuning, define, groups, product, shape, size, small};
+use crate::launch::{Element, KernelFile, Launch, Plan, PlanError, SIMDGROUP_SIZE, Storage};
+use crate::params::{Buffers, Params, Tuning, define, groups, product, shape, size};
 use crate::rows::{LANES, RowGeometry, SCRATCH_BYTES};
 
 const OP: &str = "cross_entropy";
-/// Arrays of [`SCRATCH_BYTES`] that `cross_entropy.metal` declares.
-const ARRAYS: u32 = 3;
+/// Bytes that the mean keeps of every simdgroup beside the scratch.
+const COUNTS_BYTES: u32 = 2 * SIMDGROUP_SIZE * 4;
 
 /// The value of the output `invalid` when every target is a class or ignored.
 pub const NO_ROW: u32 = u32::MAX;
@@ -103,7 +103,7 @@ impl CrossEntropy {
             defines,
             threadgroups: [groups(OP, teams.div_ceil(geometry.teams))?, 1, 1],
             threads: geometry.threads(),
-            threadgroup_bytes: small(ARRAYS as usize) * SCRATCH_BYTES,
+            threadgroup_bytes: SCRATCH_BYTES + COUNTS_BYTES,
             arguments,
             params: Params::default()
                 .u32(size(OP, "rows", self.rows)?)

@@ -3,12 +3,9 @@
 use crate::column_sum;
 use crate::launch::{Element, KernelFile, Launch, Plan, PlanError, Storage};
 use crate::params::{Buffers, Params, Tuning, flag, groups, product, size};
-use crate::rows::{RowGeometry, SCRATCH_BYTES, partial_rows};
+use crate::rows::{Held, RowGeometry, SCRATCH_BYTES, partial_rows};
 
 const OP: &str = "layer_norm";
-/// Registers for a row: forward holds x; backward holds x, the gradient and two sums.
-const HELD_FORWARD: usize = 32;
-const HELD_BACKWARD: usize = 16;
 
 /// A layer norm over the last of `rows` × `columns`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,7 +48,8 @@ impl LayerNorm {
         if elements == 0 {
             return Ok(buffers.plan(Vec::new()));
         }
-        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_FORWARD);
+        let held = Held::reading(self.storage, self.columns);
+        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
         let grads = LayerNormGradients { x: false, weight: false, bias: false };
         let launch = self.launch("layer_norm", geometry, grads, self.rows, vec![x, weight, bias, y])?;
         Ok(buffers.plan(vec![launch]))
@@ -74,14 +72,15 @@ impl LayerNorm {
         let grad_x = wanted.x.then(|| buffers.output("grad_x", element, elements));
         let grad_weight = wanted.weight.then(|| buffers.output("grad_weight", element, self.columns));
         let grad_bias = wanted.bias.then(|| buffers.output("grad_bias", element, self.columns));
-        let teams = if sums { partial_rows(self.rows) } else { self.rows };
+        let held = Held::walking(self.storage);
+        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
+        let teams = if sums { partial_rows(self.rows, geometry) } else { self.rows };
         let partials = product(OP, "partial sums", &[teams, self.columns])?;
         let weight_partial = wanted.weight.then(|| buffers.scratch("weight_partial", Element::F32, partials));
         let bias_partial = wanted.bias.then(|| buffers.scratch("bias_partial", Element::F32, partials));
 
         let mut launches = Vec::new();
         if elements > 0 && (wanted.x || sums) {
-            let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_BACKWARD);
             // An output that is not wanted is never touched: x stands in its place.
             let partials = [weight_partial.unwrap_or(x), bias_partial.unwrap_or(x)];
             let arguments = vec![x, weight, grad, grad_x.unwrap_or(x), partials[0], partials[1]];
@@ -118,8 +117,7 @@ impl LayerNorm {
             defines,
             threadgroups: [groups(OP, teams.div_ceil(geometry.teams))?, 1, 1],
             threads: geometry.threads(),
-            // The backward takes three sums at once.
-            threadgroup_bytes: if kernel == "layer_norm" { SCRATCH_BYTES } else { 3 * SCRATCH_BYTES },
+            threadgroup_bytes: SCRATCH_BYTES,
             arguments,
             params: Params::default()
                 .u32(size(OP, "rows", self.rows)?)
@@ -169,7 +167,7 @@ mod tests {
         assert_eq!(kernels[0], "layer_norm_backward");
         assert_eq!(kernels[1..], ["column_sum"; 1]);
         assert_eq!(plan.with_role(Role::Output).count(), 3);
-        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 264 * 1024));
+        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 1024 * 1024));
     }
 
     #[test]

@@ -3,12 +3,9 @@
 use crate::column_sum;
 use crate::launch::{Element, KernelFile, Launch, Plan, PlanError, Storage};
 use crate::params::{Buffers, Params, Tuning, flag, groups, product, size};
-use crate::rows::{RowGeometry, SCRATCH_BYTES, partial_rows};
+use crate::rows::{Held, RowGeometry, SCRATCH_BYTES, partial_rows};
 
 const OP: &str = "rms_norm";
-/// Registers for a row: forward holds x; backward holds x, the gradient and the weight's sums.
-const HELD_FORWARD: usize = 32;
-const HELD_BACKWARD: usize = 16;
 
 /// An RMS norm over the last of `rows` × `columns`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,7 +42,8 @@ impl RmsNorm {
         if elements == 0 {
             return Ok(buffers.plan(Vec::new()));
         }
-        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_FORWARD);
+        let held = Held::reading(self.storage, self.columns);
+        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
         let grads = RmsNormGradients { x: false, weight: false };
         let launch = self.launch("rms_norm", geometry, grads, self.rows, vec![x, weight, y])?;
         Ok(buffers.plan(vec![launch]))
@@ -62,13 +60,14 @@ impl RmsNorm {
         let weight = self.weight_input(&mut buffers).unwrap_or(x);
         let grad_x = wanted.x.then(|| buffers.output("grad_x", element, elements));
         let grad_weight = wanted.weight.then(|| buffers.output("grad_weight", element, self.columns));
-        let teams = if wanted.weight { partial_rows(self.rows) } else { self.rows };
+        let held = Held::walking(self.storage);
+        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
+        let teams = if wanted.weight { partial_rows(self.rows, geometry) } else { self.rows };
         let partials = product(OP, "partial sums", &[teams, self.columns])?;
         let partial = wanted.weight.then(|| buffers.scratch("partial", Element::F32, partials));
 
         let mut launches = Vec::new();
         if elements > 0 && (wanted.x || wanted.weight) {
-            let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, HELD_BACKWARD);
             // An output that is not wanted is never touched: x stands in its place.
             let arguments = vec![x, weight, grad, grad_x.unwrap_or(x), partial.unwrap_or(x)];
             launches.push(self.launch("rms_norm_backward", geometry, wanted, teams, arguments)?);
@@ -112,8 +111,7 @@ impl RmsNorm {
             defines,
             threadgroups: [groups(OP, teams.div_ceil(geometry.teams))?, 1, 1],
             threads: geometry.threads(),
-            // The backward takes two sums at once.
-            threadgroup_bytes: if kernel == "rms_norm" { SCRATCH_BYTES } else { 2 * SCRATCH_BYTES },
+            threadgroup_bytes: SCRATCH_BYTES,
             arguments,
             params: Params::default()
                 .u32(size(OP, "rows", self.rows)?)
@@ -163,7 +161,7 @@ mod tests {
         assert_eq!(kernels[0], "rms_norm_backward");
         assert_eq!(kernels[1..], ["column_sum"; 1]);
         assert_eq!(plan.with_role(Role::Output).count(), 2);
-        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 264 * 1024));
+        assert!(plan.with_role(Role::Scratch).all(|(_, partial)| partial.len == 1024 * 1024));
     }
 
     #[test]

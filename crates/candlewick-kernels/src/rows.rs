@@ -1,10 +1,9 @@
 //! The launch of a kernel that works row by row: how many threads share a row, and how much of it each one holds.
 //!
 //! The shapes that training meets want different launches. Thousands of short rows: one simdgroup a row, no
-//! barrier. Thousands of long rows: 128 to 512 threads a row, about 16 values each, which on an H200 gave the best
-//! bandwidth for 4096 to 8192 columns (larger threadgroups lose a quarter, waiting at barriers). One row, or a few:
-//! nothing else fills the device, so as many threads as the row has chunks. Rows that do not fit into registers:
-//! a threadgroup walks them.
+//! barrier. Thousands of long rows: 64 to 512 threads a row, each of which holds what [`Held`] says, which on an H200 gave
+//! the best bandwidth (larger threadgroups lose a quarter, waiting at barriers). One row, or a few: nothing else fills
+//! the device, so as many threads as the row has chunks. Rows that do not fit into registers: a threadgroup walks them.
 
 use crate::launch::{SIMDGROUP_SIZE, Storage};
 use crate::params::{Tuning, define, small};
@@ -13,14 +12,35 @@ use crate::params::{Tuning, define, small};
 const MANY_ROWS: usize = 256;
 /// Simdgroups in a threadgroup whose simdgroups each have their own row.
 const SIMDGROUPS_WITH_ROWS: usize = 8;
-/// Values a thread should hold when there are many rows.
-const GOOD_VALUES: usize = 16;
 /// The most threads for one of many rows, where it fits.
 const MANY_ROWS_SIMDGROUPS: usize = 16;
 /// A simdgroup's threads, for sizes.
 pub(crate) const LANES: usize = SIMDGROUP_SIZE as usize;
-/// Bytes of the reduction scratch of `common/row.h`.
-pub(crate) const SCRATCH_BYTES: u32 = SIMDGROUP_SIZE * 4;
+/// Bytes of the reduction scratch of `common/row.h`: two places for four sums of every simdgroup.
+pub(crate) const SCRATCH_BYTES: u32 = 2 * 4 * SIMDGROUP_SIZE * 4;
+
+/// How many values of a row a thread holds in registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// How many it should, when there are many rows.
+    pub good: usize,
+    /// The most.
+    pub most: usize,
+}
+
+impl Held {
+    /// For a kernel that reads one row: 64 bytes of a long one are on their way to a thread at once.
+    pub(crate) fn reading(storage: Storage, columns: usize) -> Self {
+        let is_long = columns >= 4096 && storage != Storage::F32;
+        Self { good: if is_long { 32 } else { 16 }, most: 32 }
+    }
+
+    /// For a kernel that reads two rows, keeps their parts and the sums of its columns, and has the next two on their way:
+    /// more than this, and a multiprocessor has no room for 512 threads.
+    pub(crate) fn walking(storage: Storage) -> Self {
+        Self { good: if storage == Storage::F32 { 8 } else { 16 }, most: 16 }
+    }
+}
 
 /// How a row is shared. See `kernels/common/row.h`, whose defines these are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,18 +56,18 @@ pub(crate) struct RowGeometry {
 }
 
 impl RowGeometry {
-    /// The geometry for `rows` × `columns`, where a thread may hold `held` values of a row in registers.
-    pub(crate) fn choose(rows: usize, columns: usize, storage: Storage, tuning: Tuning, held: usize) -> Self {
+    /// The geometry for `rows` × `columns`.
+    pub(crate) fn choose(rows: usize, columns: usize, storage: Storage, tuning: Tuning, held: Held) -> Self {
         let width = width(storage, tuning, &[columns]);
         let chunks = columns.div_ceil(width);
-        let most_items = (held / width).max(1);
+        let most_items = (held.most / width).max(1);
         let most_simdgroups = tuning.max_simdgroups();
         let many = rows >= MANY_ROWS;
-        if many && chunks <= LANES * most_items {
+        let good_items = if many { (held.good / width).clamp(1, most_items) } else { 1 };
+        if many && chunks <= LANES * good_items {
             let items = chunks.div_ceil(LANES).max(1);
             return Self { width, items, simdgroups: 1, teams: SIMDGROUPS_WITH_ROWS.min(most_simdgroups) };
         }
-        let good_items = if many { (GOOD_VALUES / width).clamp(1, most_items) } else { 1 };
         let wanted = chunks.div_ceil(LANES * good_items).max(1);
         let preferred = if many { MANY_ROWS_SIMDGROUPS.min(most_simdgroups) } else { most_simdgroups };
         // Prefer few simdgroups holding more, then the largest threadgroup, then walking.
@@ -63,7 +83,7 @@ impl RowGeometry {
 
     /// The same threads, but walking the row: for kernels that read it only once.
     pub(crate) fn walking(rows: usize, columns: usize, storage: Storage, tuning: Tuning) -> Self {
-        Self { items: 0, ..Self::choose(rows, columns, storage, tuning, GOOD_VALUES) }
+        Self { items: 0, ..Self::choose(rows, columns, storage, tuning, Held { good: 16, most: 16 }) }
     }
 
     pub(crate) fn threads(self) -> u32 {
@@ -86,14 +106,15 @@ pub(crate) fn width(storage: Storage, tuning: Tuning, multiples: &[usize]) -> us
     if tuning.aligned && multiples.iter().all(|size| size.is_multiple_of(vector)) { vector } else { 1 }
 }
 
-/// The most teams that share the rows of a sum over rows: two for each of the 132 multiprocessors of an H100. A team
-/// loads a row ahead, so that two keep a multiprocessor reading, and more only leave more partial rows.
-const MOST_TEAMS: usize = 264;
+/// Simdgroups that walk rows for a sum over rows: 16 for each of the 132 multiprocessors of an H100 or H200, which leave
+/// each other registers enough and keep the memory busy. More only leave more partial rows.
+const WALKING_SIMDGROUPS: usize = 132 * 16;
 
 /// How many partial rows the first stage of a sum over `rows` rows leaves: enough teams to fill a device, yet few
 /// beside the rows themselves.
-pub(crate) fn partial_rows(rows: usize) -> usize {
-    rows.min((rows / 4).clamp(64, MOST_TEAMS))
+pub(crate) fn partial_rows(rows: usize, geometry: RowGeometry) -> usize {
+    let most = (WALKING_SIMDGROUPS / geometry.simdgroups).max(64);
+    rows.min((rows / 4).clamp(64, most))
 }
 
 #[cfg(test)]
@@ -106,18 +127,20 @@ mod tests {
             for rows in [1, 2, 63, 64, 255, 256, 4096] {
                 for columns in [1, 31, 32, 33, 255, 256, 257, 1000, 4096, 4097, 8192, 16_384, 50_257, 151_936]
                 {
-                    for held in [16, 32] {
+                    for held in
+                        [Held::walking(storage), Held::reading(storage, columns), Held { good: 16, most: 16 }]
+                    {
                         for tuning in [
                             Tuning::default(),
                             Tuning { aligned: false, max_threads: 1024 },
                             Tuning { aligned: true, max_threads: 256 },
                         ] {
                             let g = RowGeometry::choose(rows, columns, storage, tuning, held);
-                            let case = format!("{storage:?} {rows}x{columns} held {held} {tuning:?}: {g:?}");
+                            let case = format!("{storage:?} {rows}x{columns} {held:?} {tuning:?}: {g:?}");
                             assert!(g.threads() <= tuning.max_threads, "{case}");
                             assert!(g.threads().is_multiple_of(SIMDGROUP_SIZE) && g.threads() > 0, "{case}");
                             assert!(columns.is_multiple_of(g.width), "{case}");
-                            assert!(g.items * g.width <= held, "{case}");
+                            assert!(g.items * g.width <= held.most, "{case}");
                             assert!(g.teams == 1 || g.simdgroups == 1, "{case}");
                             if g.items > 0 {
                                 assert!(g.items * g.width * g.simdgroups * LANES >= columns, "{case}");
@@ -131,7 +154,10 @@ mod tests {
 
     #[test]
     fn each_regime_gets_its_launch() {
-        let choose = |rows, columns| RowGeometry::choose(rows, columns, Storage::F32, Tuning::default(), 32);
+        let choose = |rows, columns| {
+            let held = Held::reading(Storage::F32, columns);
+            RowGeometry::choose(rows, columns, Storage::F32, Tuning::default(), held)
+        };
         assert_eq!(choose(1, 4096), RowGeometry { width: 4, items: 1, simdgroups: 32, teams: 1 });
         assert_eq!(choose(64, 1024), RowGeometry { width: 4, items: 1, simdgroups: 8, teams: 1 });
         assert_eq!(choose(4096, 4096), RowGeometry { width: 4, items: 4, simdgroups: 8, teams: 1 });

@@ -2,12 +2,9 @@
 
 use crate::launch::{KernelFile, Launch, Plan, PlanError, Storage};
 use crate::params::{Buffers, Params, Tuning, flag, groups, product, shape, size};
-use crate::rows::{RowGeometry, SCRATCH_BYTES};
+use crate::rows::{Held, RowGeometry, SCRATCH_BYTES};
 
 const OP: &str = "softmax";
-/// Registers for a row: forward holds x; backward holds y and the gradient.
-const HELD_FORWARD: usize = 32;
-const HELD_BACKWARD: usize = 16;
 
 /// `softmax(scale · x)` over the last of `rows` × `columns`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +28,7 @@ impl Softmax {
         let mut buffers = Buffers::default();
         let x = buffers.input("x", self.storage.element(), elements);
         let y = buffers.output("y", self.storage.element(), elements);
-        let launch = self.launch("softmax", HELD_FORWARD, vec![x, y], tuning)?;
+        let launch = self.launch("softmax", Held::reading(self.storage, self.columns), vec![x, y], tuning)?;
         Ok(buffers.plan(launch.into_iter().collect()))
     }
 
@@ -42,7 +39,8 @@ impl Softmax {
         let y = buffers.input("y", self.storage.element(), elements);
         let grad = buffers.input("grad", self.storage.element(), elements);
         let grad_x = buffers.output("grad_x", self.storage.element(), elements);
-        let launch = self.launch("softmax_backward", HELD_BACKWARD, vec![y, grad, grad_x], tuning)?;
+        let launch =
+            self.launch("softmax_backward", Held { good: 16, most: 16 }, vec![y, grad, grad_x], tuning)?;
         Ok(buffers.plan(launch.into_iter().collect()))
     }
 
@@ -66,7 +64,7 @@ impl Softmax {
     fn launch(
         &self,
         kernel: &'static str,
-        held: usize,
+        held: Held,
         arguments: Vec<usize>,
         tuning: Tuning,
     ) -> Result<Option<Launch>, PlanError> {

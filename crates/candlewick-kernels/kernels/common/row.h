@@ -18,9 +18,10 @@
 #endif
 
 struct Team {
-    THREADGROUP float* scratch;  // SIMDGROUP_SIZE floats
+    THREADGROUP float* scratch;  // ROW_SCRATCH floats
     uint lane;
     uint simdgroup;
+    uint turn;  // which half of the scratch is next
 };
 
 // The number of this thread's team among all teams of the grid.
@@ -50,18 +51,9 @@ DEVFN uint held_at(uint k) {
 #endif
 }
 
-// Loads a row that fits into registers; one that does not is loaded by every pass.
-DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
-    if (!LOOPED) {
-        for (uint k = 0u; k < row_chunks(columns); k++) {
-            const uint column = chunk_column(team, k);
-            if (column < columns) load_chunk(row + column, values + held_at(k));
-        }
-    }
-}
-
-// A row as memory holds it, for kernels that walk many rows and load the next before they need it. One that does not
-// fit into registers is not held.
+// A row as memory holds it. All of its loads are under way before the first value is needed, which matters: a thread
+// that unpacks one chunk before it asks for the next waits for memory once for each. Kernels that walk many rows load the
+// next before they need it. A row that does not fit into registers is not held.
 #if ITEMS == 0
 #define PACKED_ITEMS 1
 #else
@@ -85,64 +77,66 @@ DEVFN void unpack_row(THREAD const Team& team, THREAD const PackedChunk* packed,
     }
 }
 
-// The sum of v over the team, the same bits in every thread: each simdgroup sums its own values, then every
-// simdgroup sums the sums, in the same order. The second barrier lets the scratch be used again.
-DEVFN float row_sum(THREAD const Team& team, float v) {
-    v = simd_sum(v);
+DEVFN void load_row(THREAD const Team& team, DEVICE const T* row, THREAD float* values, uint columns) {
+    PackedChunk packed[PACKED_ITEMS];
+    load_packed_row(team, row, packed, columns);
+    unpack_row(team, packed, values, columns);
+}
+
+// Whether a thread that walks many rows keeps its part of the weight packed too: where that does not cost a threadgroup
+// its neighbour on the multiprocessor.
+#define HOLDS_WEIGHT (ITEMS == 1 || ITEMS == 2)
+
+// Chunk k of the weight, which packed holds or memory.
+DEVFN void load_weight(DEVICE const T* chunk, THREAD const PackedChunk* packed, uint k, THREAD float* values) {
+    if (HOLDS_WEIGHT) {
+        unpack_chunk(packed[k], values);
+    } else {
+        load_chunk(chunk, values);
+    }
+}
+
+// Floats of the scratch: two places of one reduction each.
+#define ROW_SCRATCH (2u * 4u * SIMDGROUP_SIZE)
+
+// Where the next reduction's values of all simdgroups meet. Two places in turn need one barrier for each reduction: who
+// writes to a place again has passed the barrier of the other, which nobody reaches before having read this one.
+DEVFN THREADGROUP float* next_place(THREAD Team& team) {
+    THREADGROUP float* place = team.scratch + team.turn * (4u * SIMDGROUP_SIZE);
+    team.turn ^= 1u;
+    return place;
+}
+
+// COUNT sums over the team (at most 4) at once, the same bits in every thread: each simdgroup sums its own values, then
+// every thread sums the simdgroups' in their order.
+template <uint COUNT> DEVFN void row_sums(THREAD Team& team, THREAD float* sums) {
+    for (uint i = 0u; i < COUNT; i++) sums[i] = simd_sum(sums[i]);
 #if ROW_SIMDGROUPS > 1
-    if (team.lane == 0u) team.scratch[team.simdgroup] = v;
+    THREADGROUP float* place = next_place(team);
+    if (team.lane == 0u) {
+        for (uint i = 0u; i < COUNT; i++) place[i * ROW_SIMDGROUPS + team.simdgroup] = sums[i];
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    v = simd_sum(team.lane < uint(ROW_SIMDGROUPS) ? team.scratch[team.lane] : 0.0f);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = 0u; i < COUNT; i++) {
+        sums[i] = place[i * ROW_SIMDGROUPS];
+        for (uint s = 1u; s < ROW_SIMDGROUPS; s++) sums[i] += place[i * ROW_SIMDGROUPS + s];
+    }
 #endif
+}
+
+DEVFN float row_sum(THREAD Team& team, float v) {
+    row_sums<1u>(team, &v);
     return v;
 }
 
-// Two sums for the barriers of one. The scratch has 2 · SIMDGROUP_SIZE floats.
-DEVFN void row_sum2(THREAD const Team& team, THREAD float& a, THREAD float& b) {
-    a = simd_sum(a);
-    b = simd_sum(b);
-#if ROW_SIMDGROUPS > 1
-    if (team.lane == 0u) {
-        team.scratch[team.simdgroup] = a;
-        team.scratch[SIMDGROUP_SIZE + team.simdgroup] = b;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const bool taken = team.lane < uint(ROW_SIMDGROUPS);
-    a = simd_sum(taken ? team.scratch[team.lane] : 0.0f);
-    b = simd_sum(taken ? team.scratch[SIMDGROUP_SIZE + team.lane] : 0.0f);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-#endif
-}
-
-// Three sums for the barriers of one. The scratch has 3 · SIMDGROUP_SIZE floats.
-DEVFN void row_sum3(THREAD const Team& team, THREAD float& a, THREAD float& b, THREAD float& c) {
-    a = simd_sum(a);
-    b = simd_sum(b);
-    c = simd_sum(c);
-#if ROW_SIMDGROUPS > 1
-    if (team.lane == 0u) {
-        team.scratch[team.simdgroup] = a;
-        team.scratch[SIMDGROUP_SIZE + team.simdgroup] = b;
-        team.scratch[2u * SIMDGROUP_SIZE + team.simdgroup] = c;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const bool taken = team.lane < uint(ROW_SIMDGROUPS);
-    a = simd_sum(taken ? team.scratch[team.lane] : 0.0f);
-    b = simd_sum(taken ? team.scratch[SIMDGROUP_SIZE + team.lane] : 0.0f);
-    c = simd_sum(taken ? team.scratch[2u * SIMDGROUP_SIZE + team.lane] : 0.0f);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-#endif
-}
-
 // The largest v of the team. A NaN may be ignored here: it must show in a sum.
-DEVFN float row_max(THREAD const Team& team, float v) {
+DEVFN float row_max(THREAD Team& team, float v) {
     v = simd_max(v);
 #if ROW_SIMDGROUPS > 1
-    if (team.lane == 0u) team.scratch[team.simdgroup] = v;
+    THREADGROUP float* place = next_place(team);
+    if (team.lane == 0u) place[team.simdgroup] = v;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    v = simd_max(team.lane < uint(ROW_SIMDGROUPS) ? team.scratch[team.lane] : -INFINITY);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint s = 0u; s < ROW_SIMDGROUPS; s++) v = fmax(v, place[s]);
 #endif
     return v;
 }

@@ -1,6 +1,7 @@
 //! `y = x̂ · w + b`, `x̂ = (x − mean) · r`, `r = 1 / √(variance + eps)`.
 
 use crate::case::{Case, Size, wanted_only};
+use crate::data::Tensor;
 use crate::oracle::Arithmetic;
 use candlewick_kernels::Storage;
 use candlewick_kernels::layer_norm::{LayerNorm, LayerNormGradients};
@@ -9,6 +10,8 @@ use candlewick_kernels::layer_norm::{LayerNorm, LayerNormGradients};
 #[derive(Clone, Copy)]
 pub struct Form {
     magnitude: f64,
+    /// Added to every value.
+    offset: f64,
     eps: f32,
     weight: bool,
     bias: bool,
@@ -16,15 +19,22 @@ pub struct Form {
     input: bool,
 }
 
-const USUAL: Form = Form { magnitude: 2.0, eps: 1e-5, weight: true, bias: true, input: true };
+const USUAL: Form = Form { magnitude: 2.0, offset: 0.0, eps: 1e-5, weight: true, bias: true, input: true };
 /// Values whose squares f32 cannot hold.
 const HUGE: Form = Form { magnitude: 1e25, ..USUAL };
+/// Means of 0.65, 2.5 and 260 deviations: Σ x² alone says less and less of the variance.
+const ASIDE: Form = Form { offset: 0.75, ..USUAL };
+const FURTHER: Form = Form { offset: 2.9, ..USUAL };
+const FAR: Form = Form { offset: 300.0, ..USUAL };
 const TINY: Form = Form { magnitude: 1e-25, eps: 0.0, ..USUAL };
 
 pub fn cases(size: Size) -> Vec<Case> {
     let mut forms = vec![USUAL];
     if size.storage != Storage::F16 && [257, 8192].contains(&size.columns) {
         forms.extend([HUGE, TINY]);
+    }
+    if size.storage != Storage::BF16 && [257, 8192].contains(&size.columns) {
+        forms.extend([ASIDE, FURTHER, FAR]);
     }
     if size.columns == 33 {
         forms.push(Form { input: false, ..USUAL });
@@ -47,8 +57,13 @@ fn op(size: Size, form: Form) -> LayerNorm {
     LayerNorm { rows, columns, storage, weight: form.weight, bias: form.bias, eps: form.eps }
 }
 
+fn matrix(size: Size, form: Form) -> Tensor {
+    let values = size.matrix(1, form.magnitude).values;
+    Tensor::new(values.into_iter().map(|value| value + form.offset), size.storage.element())
+}
+
 fn forward_of(size: Size, form: Form) -> Case {
-    let (x, weight, bias) = (size.matrix(1, form.magnitude), size.vector(2, 1.5), size.vector(3, 1.0));
+    let (x, weight, bias) = (matrix(size, form), size.vector(2, 1.5), size.vector(3, 1.0));
     let plan = op(size, form).forward(size.tuning).unwrap();
     let mut inputs = vec![x.clone()];
     inputs.extend(form.weight.then(|| weight.clone()));
@@ -70,7 +85,7 @@ fn forward_of(size: Size, form: Form) -> Case {
 }
 
 fn backward_of(size: Size, form: Form) -> Case {
-    let (x, weight, grad) = (size.matrix(1, form.magnitude), size.vector(2, 1.5), size.matrix(3, 1.0));
+    let (x, weight, grad) = (matrix(size, form), size.vector(2, 1.5), size.matrix(3, 1.0));
     let wanted = LayerNormGradients { x: form.input, weight: form.weight, bias: form.bias };
     let plan = op(size, form).backward(wanted, size.tuning).unwrap();
     let mut inputs = vec![x.clone(), grad.clone()];
