@@ -247,10 +247,17 @@ fn paths() -> Paths {
 }
 
 fn open(device: DeviceName) -> Result<Device> {
-    Ok(match device {
+    let device = match device {
         DeviceName::Cpu => Device::Cpu,
         DeviceName::Cuda => Device::new_cuda(0)?,
-    })
+    };
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = &device {
+        // As `wick` does: without the events that every tensor is created with, for streams to wait for each other.
+        // SAFETY: all of the engine's work is queued on the device's own stream.
+        unsafe { cuda.disable_event_tracking() };
+    }
+    Ok(device)
 }
 
 fn device_notes(device: &Device) -> Vec<String> {

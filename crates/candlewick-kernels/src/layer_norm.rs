@@ -48,7 +48,7 @@ impl LayerNorm {
         if elements == 0 {
             return Ok(buffers.plan(Vec::new()));
         }
-        let held = Held::reading(self.storage, self.columns);
+        let held = Held::computing(self.storage, self.columns);
         let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
         let grads = LayerNormGradients { x: false, weight: false, bias: false };
         let launch = self.launch("layer_norm", geometry, grads, self.rows, vec![x, weight, bias, y])?;

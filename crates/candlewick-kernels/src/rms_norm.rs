@@ -42,8 +42,7 @@ impl RmsNorm {
         if elements == 0 {
             return Ok(buffers.plan(Vec::new()));
         }
-        let held = Held::reading(self.storage, self.columns);
-        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
+        let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, Held::READING);
         let grads = RmsNormGradients { x: false, weight: false };
         let launch = self.launch("rms_norm", geometry, grads, self.rows, vec![x, weight, y])?;
         Ok(buffers.plan(vec![launch]))

@@ -29,11 +29,17 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// For a kernel that reads one row: 64 bytes of a long one are on their way to a thread at once.
-    pub(crate) fn reading(storage: Storage, columns: usize) -> Self {
+    /// For a kernel that reads one row and computes much with it, which hides under more loads at once where rows are long.
+    pub(crate) fn computing(storage: Storage, columns: usize) -> Self {
         let is_long = columns >= 4096 && storage != Storage::F32;
         Self { good: if is_long { 32 } else { 16 }, most: 32 }
     }
+
+    /// For a kernel that reads one row and little else.
+    pub(crate) const READING: Self = Self { good: 16, most: 32 };
+
+    /// For a kernel that reads two rows.
+    pub(crate) const READING_TWO: Self = Self { good: 16, most: 16 };
 
     /// For a kernel that reads two rows, keeps their parts and the sums of its columns, and has the next two on their way:
     /// more than this, and a multiprocessor has no room for 512 threads.
@@ -83,7 +89,7 @@ impl RowGeometry {
 
     /// The same threads, but walking the row: for kernels that read it only once.
     pub(crate) fn walking(rows: usize, columns: usize, storage: Storage, tuning: Tuning) -> Self {
-        Self { items: 0, ..Self::choose(rows, columns, storage, tuning, Held { good: 16, most: 16 }) }
+        Self { items: 0, ..Self::choose(rows, columns, storage, tuning, Held::READING_TWO) }
     }
 
     pub(crate) fn threads(self) -> u32 {
@@ -127,9 +133,12 @@ mod tests {
             for rows in [1, 2, 63, 64, 255, 256, 4096] {
                 for columns in [1, 31, 32, 33, 255, 256, 257, 1000, 4096, 4097, 8192, 16_384, 50_257, 151_936]
                 {
-                    for held in
-                        [Held::walking(storage), Held::reading(storage, columns), Held { good: 16, most: 16 }]
-                    {
+                    for held in [
+                        Held::walking(storage),
+                        Held::computing(storage, columns),
+                        Held::READING,
+                        Held::READING_TWO,
+                    ] {
                         for tuning in [
                             Tuning::default(),
                             Tuning { aligned: false, max_threads: 1024 },
@@ -153,10 +162,28 @@ mod tests {
     }
 
     #[test]
+    fn teams_that_walk_fill_a_device_and_no_more() {
+        let teams = |rows, columns| {
+            let geometry = RowGeometry::choose(
+                rows,
+                columns,
+                Storage::BF16,
+                Tuning::default(),
+                Held::walking(Storage::BF16),
+            );
+            partial_rows(rows, geometry)
+        };
+        assert_eq!(teams(131_072, 128), 2112);
+        assert_eq!(teams(8192, 1024), 1056);
+        assert_eq!(teams(8192, 4096), 264);
+        assert_eq!(teams(8192, 8192), 132);
+        assert_eq!((teams(100, 8192), teams(3, 8192)), (64, 3));
+    }
+
+    #[test]
     fn each_regime_gets_its_launch() {
         let choose = |rows, columns| {
-            let held = Held::reading(Storage::F32, columns);
-            RowGeometry::choose(rows, columns, Storage::F32, Tuning::default(), held)
+            RowGeometry::choose(rows, columns, Storage::F32, Tuning::default(), Held::READING)
         };
         assert_eq!(choose(1, 4096), RowGeometry { width: 4, items: 1, simdgroups: 32, teams: 1 });
         assert_eq!(choose(64, 1024), RowGeometry { width: 4, items: 1, simdgroups: 8, teams: 1 });

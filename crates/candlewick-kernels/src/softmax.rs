@@ -28,7 +28,8 @@ impl Softmax {
         let mut buffers = Buffers::default();
         let x = buffers.input("x", self.storage.element(), elements);
         let y = buffers.output("y", self.storage.element(), elements);
-        let launch = self.launch("softmax", Held::reading(self.storage, self.columns), vec![x, y], tuning)?;
+        let launch =
+            self.launch("softmax", Held::computing(self.storage, self.columns), vec![x, y], tuning)?;
         Ok(buffers.plan(launch.into_iter().collect()))
     }
 
@@ -39,8 +40,7 @@ impl Softmax {
         let y = buffers.input("y", self.storage.element(), elements);
         let grad = buffers.input("grad", self.storage.element(), elements);
         let grad_x = buffers.output("grad_x", self.storage.element(), elements);
-        let launch =
-            self.launch("softmax_backward", Held { good: 16, most: 16 }, vec![y, grad, grad_x], tuning)?;
+        let launch = self.launch("softmax_backward", Held::READING_TWO, vec![y, grad, grad_x], tuning)?;
         Ok(buffers.plan(launch.into_iter().collect()))
     }
 

@@ -79,13 +79,11 @@ impl ModelOptions {
                 Err(unavailable("Metal", &"not in this build or on this machine"))
             }
             Place::Metal => Device::new_metal(0).map_err(|e| unavailable("Metal", &e)),
-            Place::Cuda => Device::new_cuda(0).map_err(|e| unavailable("CUDA", &e)),
-            Place::Auto if candle_core::utils::cuda_is_available() => {
-                Ok(Device::new_cuda(0).unwrap_or_else(|error| {
-                    tracing::warn!(%error, "no CUDA device: computing on the CPU");
-                    Device::Cpu
-                }))
-            }
+            Place::Cuda => cuda().map_err(|e| unavailable("CUDA", &e)),
+            Place::Auto if candle_core::utils::cuda_is_available() => Ok(cuda().unwrap_or_else(|error| {
+                tracing::warn!(%error, "no CUDA device: computing on the CPU");
+                Device::Cpu
+            })),
             Place::Cpu | Place::Auto => Ok(Device::Cpu),
         }
     }
@@ -109,4 +107,17 @@ impl ModelOptions {
         }
         Ok(Opened { decoder, tokenizer })
     }
+}
+
+/// The first NVIDIA GPU.
+fn cuda() -> candle_core::Result<Device> {
+    let device = Device::new_cuda(0)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = &device {
+        // Every tensor would be created with two events, by which streams wait for each other: a tenth of an operation's
+        // time on the host.
+        // SAFETY: no stream is created beside the device's own, so that no event would ever be waited for.
+        unsafe { cuda.disable_event_tracking() };
+    }
+    Ok(device)
 }
