@@ -254,7 +254,7 @@ fn open(device: DeviceName) -> Result<Device> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(cuda) = &device {
         // As `wick` does: without the events that every tensor is created with, for streams to wait for each other.
-        // SAFETY: all of the engine's work is queued on the device's own stream.
+        // SAFETY: the device's stream is each thread's own, and one thread alone uses the device.
         unsafe { cuda.disable_event_tracking() };
     }
     Ok(device)

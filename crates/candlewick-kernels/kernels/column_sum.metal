@@ -4,7 +4,7 @@
 //
 // A threadgroup takes SIMDGROUP_SIZE columns, one a lane, so that each simdgroup reads whole cache lines; its
 // simdgroups share the rows: rows s, s + simdgroups, … are simdgroup s's. The simdgroups' sums meet in threadgroup
-// memory and are added in their order. Order depends on shapes alone: same input, same bits.
+// memory and are added in their order. The order depends on the launch alone: same input, same bits.
 //
 // A second matrix of the same shape is summed by the same launch, TG_POS.y = 1: a norm's bias beside its weight.
 

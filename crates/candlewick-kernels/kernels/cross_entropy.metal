@@ -108,7 +108,7 @@ KERNEL(cross_entropy_mean, DEVICE const float* losses, DEVICE const TARGET* targ
 KERNEL(cross_entropy_backward, DEVICE const T* logits, DEVICE const TARGET* targets, DEVICE const float* lse,
        DEVICE const float* counted, DEVICE const float* grad, DEVICE T* grad_logits, PARAM(CrossEntropyParams, p)) {
     TG_ARRAY(float, scratch, ROW_SCRATCH);
-    Team team = {scratch, LANE, SIMD_ID, 0u};
+    const Team team = {scratch, LANE, SIMD_ID, 0u};
     const uint row = team_index(team, TG_POS.x, N_SIMD);
     if (row >= p.rows) return;
     const ulong start = ulong(row) * p.columns;

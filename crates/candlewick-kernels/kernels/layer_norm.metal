@@ -10,7 +10,7 @@
 // Variance. Mean square minus squared mean takes one reduction instead of two, but cancels where the mean is far from
 // zero. A row where it would cost digits has its mean first, and then the mean of squared distances from it.
 //
-// Range. As rms_norm: a mean square beyond [1e-28, 1e37] is taken again with the distances divided by
+// Range. As rms_norm: a mean square beyond [1e-28, 3e38] is taken again with the distances divided by
 // the largest one's power of two.
 
 struct LayerNormParams {
@@ -78,7 +78,7 @@ DEVFN float inverse_deviation(THREAD Team& team, DEVICE const T* x_row, THREAD f
 DEVFN float most_variances(float) { return 0.5f; }
 template <typename U> DEVFN float most_variances(U) { return 8.0f; }
 
-// Mean and r from Σ x and Σ x² of a row: whether they have as many digits as those around the mean would.
+// Mean and r from Σ x and Σ x² of a row: whether they have digits enough for T. The bound leaves room for the product.
 DEVFN bool moments(float sum, float squares, uint columns, float eps, THREAD float& mean, THREAD float& r) {
     mean = sum / float(columns);
     const float square = squares / float(columns) - mean * mean;

@@ -6,7 +6,7 @@
 //
 // Memory. Forward reads x once and writes y once: the row stays in registers between the sum and the scaling.
 // Backward reads x and g once, writes dx once, and recomputes r instead of having it saved: x is needed anyway, and
-// Σ x² and Σ g·w·x share their barriers. The next row is loaded while one is worked on: a device that waited for each
+// Σ x² and Σ g·w·x share a barrier. The next row is loaded while one is worked on: a device that waited for each
 // would read half of the time.
 // The weight's gradient is a sum over rows. Each team walks many rows, keeps its columns' sums in registers and
 // writes one partial row; column_sum adds those. No atomics, so the same input gives the same bits.

@@ -29,8 +29,8 @@ DEVFN uint visible_columns(uint row, uint columns, uint queries) {
 }
 
 // exp(v) for v ≤ 0. What is stored in 16 bits does not show the last digits of a float.
-DEVFN float power(float v, float) { return precise::exp(v); }
-template <typename U> DEVFN float power(float v, U) { return precise::exp2(v * 1.44269504f); }
+DEVFN float exponential(float v, float) { return precise::exp(v); }
+template <typename U> DEVFN float exponential(float v, U) { return precise::exp2(v * 1.44269504f); }
 
 // s·x of one chunk that is loaded, hidden columns as −∞.
 DEVFN void to_scores(uint column, uint visible, float scale, THREAD float* chunk) {
@@ -59,20 +59,20 @@ KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
         const float before = largest;
         for (uint i = 0u; i < WIDTH; i++) largest = fmax(largest, chunk[i]);
         if (LOOPED) {
-            sum *= power(before - largest, T());
-            for (uint i = 0u; i < WIDTH; i++) sum += power(chunk[i] - largest, T());
+            sum *= exponential(before - largest, T());
+            for (uint i = 0u; i < WIDTH; i++) sum += exponential(chunk[i] - largest, T());
         }
     }
     const float own = largest;
     largest = row_max(team, largest);
     if (LOOPED) {
-        sum *= power(own - largest, T());
+        sum *= exponential(own - largest, T());
     } else {
         for (uint k = 0u; k < row_chunks(p.columns); k++) {
             if (chunk_column(team, k) >= p.columns) continue;
             THREAD float* chunk = scores + held_at(k);
             for (uint i = 0u; i < WIDTH; i++) {
-                chunk[i] = power(chunk[i] - largest, T());
+                chunk[i] = exponential(chunk[i] - largest, T());
                 sum += chunk[i];
             }
         }
@@ -85,7 +85,7 @@ KERNEL(softmax, DEVICE const T* x, DEVICE T* y, PARAM(SoftmaxParams, p)) {
         if (LOOPED) {
             if (column < visible) load_chunk(x_row + column, chunk);
             to_scores(column, visible, p.scale, chunk);
-            for (uint i = 0u; i < WIDTH; i++) chunk[i] = power(chunk[i] - largest, T());
+            for (uint i = 0u; i < WIDTH; i++) chunk[i] = exponential(chunk[i] - largest, T());
         }
         for (uint i = 0u; i < WIDTH; i++) chunk[i] *= inverse;
         store_chunk(y_row + column, chunk);
@@ -102,6 +102,7 @@ KERNEL(softmax_backward, DEVICE const T* y, DEVICE const T* grad, DEVICE T* grad
     float probabilities[HELD];
     float grads[HELD];
     float dot = 0.0f;
+    // Both rows' loads come before either is unpacked.
     PackedChunk packed_y[PACKED_ITEMS];
     PackedChunk packed_grad[PACKED_ITEMS];
     load_packed_row(team, y + start, packed_y, p.columns);

@@ -72,7 +72,7 @@ impl LayerNorm {
         let grad_x = wanted.x.then(|| buffers.output("grad_x", element, elements));
         let grad_weight = wanted.weight.then(|| buffers.output("grad_weight", element, self.columns));
         let grad_bias = wanted.bias.then(|| buffers.output("grad_bias", element, self.columns));
-        let held = Held::walking(self.storage);
+        let held = Held::summing(self.storage);
         let geometry = RowGeometry::choose(self.rows, self.columns, self.storage, tuning, held);
         let teams = if sums { partial_rows(self.rows, geometry) } else { self.rows };
         let partials = product(OP, "partial sums", &[teams, self.columns])?;

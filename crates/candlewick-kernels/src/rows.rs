@@ -29,7 +29,8 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// For a kernel that reads one row and computes much with it, which hides under more loads at once where rows are long.
+    /// For a kernel that reads one row and computes much with it: where rows are long, more loads at once keep memory busy
+    /// meanwhile.
     pub(crate) fn computing(storage: Storage, columns: usize) -> Self {
         let is_long = columns >= 4096 && storage != Storage::F32;
         Self { good: if is_long { 32 } else { 16 }, most: 32 }
@@ -41,9 +42,9 @@ impl Held {
     /// For a kernel that reads two rows.
     pub(crate) const READING_TWO: Self = Self { good: 16, most: 16 };
 
-    /// For a kernel that reads two rows, keeps their parts and the sums of its columns, and has the next two on their way:
-    /// more than this, and a multiprocessor has no room for 512 threads.
-    pub(crate) fn walking(storage: Storage) -> Self {
+    /// For a kernel that takes many pairs of rows, keeps the sums of its columns, and has the next pair on its way: with more
+    /// than what is good, a multiprocessor has no room for 512 threads.
+    pub(crate) fn summing(storage: Storage) -> Self {
         Self { good: if storage == Storage::F32 { 8 } else { 16 }, most: 16 }
     }
 }
@@ -112,14 +113,14 @@ pub(crate) fn width(storage: Storage, tuning: Tuning, multiples: &[usize]) -> us
     if tuning.aligned && multiples.iter().all(|size| size.is_multiple_of(vector)) { vector } else { 1 }
 }
 
-/// Simdgroups that walk rows for a sum over rows: 16 for each of the 132 multiprocessors of an H100 or H200, which leave
+/// Simdgroups that share the rows of a sum over rows: 16 for each of the 132 multiprocessors of an H100 or H200, which leave
 /// each other registers enough and keep the memory busy. More only leave more partial rows.
-const WALKING_SIMDGROUPS: usize = 132 * 16;
+const SUMMING_SIMDGROUPS: usize = 132 * 16;
 
-/// How many partial rows the first stage of a sum over `rows` rows leaves: enough teams to fill a device, yet few
-/// beside the rows themselves.
+/// How many partial rows the first stage of a sum over `rows` rows leaves: enough teams to fill a device, yet from 256 rows
+/// on at most a quarter as many as there are rows.
 pub(crate) fn partial_rows(rows: usize, geometry: RowGeometry) -> usize {
-    let most = (WALKING_SIMDGROUPS / geometry.simdgroups).max(64);
+    let most = (SUMMING_SIMDGROUPS / geometry.simdgroups).max(64);
     rows.min((rows / 4).clamp(64, most))
 }
 
@@ -134,7 +135,7 @@ mod tests {
                 for columns in [1, 31, 32, 33, 255, 256, 257, 1000, 4096, 4097, 8192, 16_384, 50_257, 151_936]
                 {
                     for held in [
-                        Held::walking(storage),
+                        Held::summing(storage),
                         Held::computing(storage, columns),
                         Held::READING,
                         Held::READING_TWO,
@@ -162,14 +163,14 @@ mod tests {
     }
 
     #[test]
-    fn teams_that_walk_fill_a_device_and_no_more() {
+    fn teams_that_sum_fill_a_device_and_no_more() {
         let teams = |rows, columns| {
             let geometry = RowGeometry::choose(
                 rows,
                 columns,
                 Storage::BF16,
                 Tuning::default(),
-                Held::walking(Storage::BF16),
+                Held::summing(Storage::BF16),
             );
             partial_rows(rows, geometry)
         };

@@ -5,8 +5,8 @@
 //   ITEMS           chunks of a row that each thread keeps in registers, so that memory is read once.
 //                   0: the row is too long for that; it is walked, and read again by every pass.
 //
-// A pass over a row is the same text for both: in pass one every chunk is loaded, later passes load it again
-// only where LOOPED. Chunk k of thread t starts at column (k · team + t) · WIDTH, so that a team reads a
+// A pass over a row is the same text for both: a row that is held is loaded before the first, one that is LOOPED chunk by
+// chunk in each. Chunk k of thread t starts at column (k · team + t) · WIDTH, so that a team reads a
 // contiguous stretch at a time.
 
 #define ROW_THREADS (ROW_SIMDGROUPS * SIMDGROUP_SIZE)

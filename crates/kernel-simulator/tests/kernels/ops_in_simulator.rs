@@ -16,6 +16,8 @@ const COLUMNS: [usize; 11] = [1, 31, 32, 33, 255, 256, 257, 1000, 4096, 4097, 81
 fn sizes(storage: Storage) -> Vec<Size> {
     let mut sizes: Vec<_> = COLUMNS.iter().rev().map(|&columns| Size::new(storage, 3, columns)).collect();
     sizes.extend([33, 256].map(|columns| Size::new(storage, 260, columns)));
+    // Several rows for a team of several simdgroups.
+    sizes.push(Size::new(storage, 130, 1000));
     let small_groups = Tuning { max_threads: 64, ..Tuning::default() };
     sizes.extend([4097, 8192].map(|columns| Size { tuning: small_groups, ..Size::new(storage, 2, columns) }));
     let unaligned = Tuning { aligned: false, ..Tuning::default() };

@@ -116,7 +116,7 @@ fn cuda() -> candle_core::Result<Device> {
     if let Device::Cuda(cuda) = &device {
         // Every tensor would be created with two events, by which streams wait for each other: a tenth of an operation's
         // time on the host.
-        // SAFETY: no stream is created beside the device's own, so that no event would ever be waited for.
+        // SAFETY: the device's stream is each thread's own, and one thread alone uses the device.
         unsafe { cuda.disable_event_tracking() };
     }
     Ok(device)
