@@ -214,7 +214,7 @@ impl State {
                 let mut next = || {
                     copies.next().map_or_else(|| Err(Error::Engine("no copies".to_owned())), Prepared::call)
                 };
-                let error = error.to_string();
+                let error = error.clone();
                 let reason = error.lines().next().unwrap_or_default();
                 let note = format!("no graph ({reason}): events around launches, which the host may hold up");
                 (cuda::time_launches(device, samples, calls, &mut next)?, Some(note))
