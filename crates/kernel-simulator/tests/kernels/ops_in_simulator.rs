@@ -20,6 +20,8 @@ fn sizes(storage: Storage) -> Vec<Size> {
     sizes.push(Size::new(storage, 130, 1000));
     let small_groups = Tuning { max_threads: 64, ..Tuning::default() };
     sizes.extend([4097, 8192].map(|columns| Size { tuning: small_groups, ..Size::new(storage, 2, columns) }));
+    // More partial rows than the simdgroups of a column sum read at once.
+    sizes.push(Size { tuning: small_groups, ..Size::new(storage, 130, 33) });
     let unaligned = Tuning { aligned: false, ..Tuning::default() };
     sizes.extend([32, 1000].map(|columns| Size { tuning: unaligned, ..Size::new(storage, 3, columns) }));
     sizes
