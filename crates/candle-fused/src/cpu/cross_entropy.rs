@@ -2,7 +2,7 @@
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-use super::lanes::{Element, Lanes, exp};
+use super::lanes::{Element, Lanes};
 use super::rows::{Row, RowLoop, map, max, one, round, sums, wide};
 
 /// A row longer than this is taken in parts, so that its maximum and the sum over it read the memory once.
@@ -48,13 +48,13 @@ fn log_sum_exp<L: Lanes, T: Element>(x: &[T]) -> [f32; 2] {
             [part],
             [],
             #[inline(always)]
-            |[x]: [L; 1], []| [exp(x - L::splat(shift))],
+            |[x]: [L; 1], []| [T::exp(x - L::splat(shift))],
         );
         total = total
             * one::<L>(
                 before - shift,
                 #[inline(always)]
-                |x| exp(x),
+                |x| T::exp(x),
             )
             + sum;
     }
@@ -86,18 +86,18 @@ unsafe impl RowLoop<1, 1, 0> for Backward<'_> {
             [],
             dx.reborrow(),
             #[inline(always)]
-            |[x]: [L; 1], []| share(x, max, factor),
+            |[x]: [L; 1], []| share::<L, T>(x, max, factor),
         );
         let here = one::<L>(
             wide::<L, T>(x[column]),
             #[inline(always)]
-            |x| share(x, max, factor),
+            |x| share::<L, T>(x, max, factor),
         );
         dx.set(column, round::<L, T>(here - self.g));
     }
 }
 
 #[inline(always)]
-fn share<L: Lanes>(x: L, max: L, factor: L) -> L {
-    exp(x - max) * factor
+fn share<L: Lanes, T: Element>(x: L, max: L, factor: L) -> L {
+    T::exp(x - max) * factor
 }

@@ -4,20 +4,20 @@
 
 use candlewick_kernels::gated::Gate;
 
-use super::lanes::{Element, Lanes, exp};
+use super::lanes::{Element, Lanes};
 use super::rows::{Row, RowLoop, map, pass};
 
 /// `z·σ(z)` and its slope `σ·(1 + z·(1 − σ))`.
 #[inline(always)]
-fn silu<L: Lanes>(z: L) -> [L; 2] {
+fn silu<L: Lanes, T: Element>(z: L) -> [L; 2] {
     let one = L::splat(1.0);
-    let s = one / (one + exp(-z));
+    let s = one / (one + T::exp(-z));
     [z * s, s * (one + z * (one - s))]
 }
 
 /// `z·σ(2t)` and its slope `σ + z·σ·(1 − σ)·2t′`, with `t = √(2/π)·(z + 0.044715·z³)`.
 #[inline(always)]
-fn gelu<L: Lanes>(z: L) -> [L; 2] {
+fn gelu<L: Lanes, T: Element>(z: L) -> [L; 2] {
     const TWO_ROOT_TWO_OVER_PI: f32 = 1.595_769;
     const CUBIC: f32 = 0.044_715;
     /// Beyond, σ is 0 or 1 to the last bit, and a cube would overflow.
@@ -27,7 +27,7 @@ fn gelu<L: Lanes>(z: L) -> [L; 2] {
     let twice_t = L::splat(TWO_ROOT_TWO_OVER_PI) * (c + L::splat(CUBIC) * c * c * c);
     let slope = L::splat(TWO_ROOT_TWO_OVER_PI) * (one + L::splat(3.0 * CUBIC) * c * c);
     // σ·(1 − σ) from the smaller of the two: the greater has lost digits of 1 − σ.
-    let e = exp(-twice_t.abs());
+    let e = T::exp(-twice_t.abs());
     let greater = one / (one + e);
     let smaller = e * greater;
     let s = twice_t.if_less(L::splat(0.0), smaller, greater);
@@ -52,14 +52,14 @@ unsafe impl RowLoop<2, 1, 0> for Forward {
                 [],
                 y,
                 #[inline(always)]
-                |[z, up]: [L; 2], []| silu(z)[0] * up,
+                |[z, up]: [L; 2], []| silu::<L, T>(z)[0] * up,
             ),
             Gate::Gelu => map(
                 row.inputs,
                 [],
                 y,
                 #[inline(always)]
-                |[z, up]: [L; 2], []| gelu(z)[0] * up,
+                |[z, up]: [L; 2], []| gelu::<L, T>(z)[0] * up,
             ),
         }
     }
@@ -80,12 +80,12 @@ unsafe impl RowLoop<3, 2, 0> for Backward {
             Gate::Silu => gradients(
                 row,
                 #[inline(always)]
-                |z| silu::<L>(z),
+                |z| silu::<L, T>(z),
             ),
             Gate::Gelu => gradients(
                 row,
                 #[inline(always)]
-                |z| gelu::<L>(z),
+                |z| gelu::<L, T>(z),
             ),
         }
     }

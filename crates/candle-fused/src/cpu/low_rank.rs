@@ -192,11 +192,11 @@ fn contract<L: Lanes>(
         let columns = start..(start + panels * LANES).min(width);
         for (rows, sums) in rows.chunks(TALL).zip(sums.chunks_mut(TALL * rank)) {
             match *rows {
-                [a] => tiles::<L, 1>([&a[columns.clone()]], factors, sums),
-                [a, b] => tiles::<L, 2>([&a[columns.clone()], &b[columns.clone()]], factors, sums),
+                [a] => tiles::<L, 1>([&a[columns.clone()]], factors, rank, sums),
+                [a, b] => tiles::<L, 2>([&a[columns.clone()], &b[columns.clone()]], factors, rank, sums),
                 [a, b, c] => {
                     let x = [&a[columns.clone()], &b[columns.clone()], &c[columns.clone()]];
-                    tiles::<L, 3>(x, factors, sums);
+                    tiles::<L, 3>(x, factors, rank, sums);
                 }
                 _ => {}
             }
@@ -209,8 +209,12 @@ fn contract<L: Lanes>(
 
 /// `sums[i][k] += x[i]·factors[k]`, lane by lane.
 #[inline(always)]
-fn tiles<L: Lanes, const M: usize>(x: [&[f32]; M], factors: &[Piece<f32>], sums: &mut [Piece<f32>]) {
-    let rank = sums.len() / M;
+fn tiles<L: Lanes, const M: usize>(
+    x: [&[f32]; M],
+    factors: &[Piece<f32>],
+    rank: usize,
+    sums: &mut [Piece<f32>],
+) {
     let mut pieces: [&[Piece<f32>]; M] = [&[]; M];
     let mut rest = [L::splat(0.0); M];
     for i in 0..M {
@@ -218,10 +222,10 @@ fn tiles<L: Lanes, const M: usize>(x: [&[f32]; M], factors: &[Piece<f32>], sums:
         (pieces[i], rest[i]) = (whole, load_part(part));
     }
     for k in (0..rank - rank % WIDE).step_by(WIDE) {
-        tile::<L, M, WIDE>(pieces, rest, factors, k, sums);
+        tile::<L, M, WIDE>(pieces, rest, factors, [rank, k], sums);
     }
     for k in rank - rank % WIDE..rank {
-        tile::<L, M, 1>(pieces, rest, factors, k, sums);
+        tile::<L, M, 1>(pieces, rest, factors, [rank, k], sums);
     }
 }
 
@@ -231,10 +235,9 @@ fn tile<L: Lanes, const M: usize, const K: usize>(
     x: [&[Piece<f32>]; M],
     rest: [L; M],
     factors: &[Piece<f32>],
-    k: usize,
+    [rank, k]: [usize; 2],
     sums: &mut [Piece<f32>],
 ) {
-    let rank = sums.len() / M;
     let sums = &mut sums[k..];
     let mut totals = [[L::splat(0.0); K]; M];
     for (i, totals) in totals.iter_mut().enumerate() {
@@ -248,8 +251,8 @@ fn tile<L: Lanes, const M: usize, const K: usize>(
         |row| &row[..whole],
     );
     let mut panels = factors.chunks_exact(rank);
-    for p in 0..whole {
-        let Some(factors) = panels.next().and_then(|panel| panel[k..].first_chunk::<K>()) else { break };
+    for (p, panel) in panels.by_ref().take(whole).enumerate() {
+        let factors = &panel[k..k + K];
         for i in 0..M {
             let x = L::load(&x[i][p]);
             for k in 0..K {

@@ -13,6 +13,21 @@ const LEAST: f32 = 1e-30;
 /// The mean where rows are centred, else 0, and `r = 1/√(mean((x − mean)²) + eps)`.
 type Moments = [f32; 2];
 
+/// The mean and `Σ (x − mean)²` of a row, from `Σ x` and `Σ x²`: where these have digits enough, which they lack if the mean is
+/// far from zero, and have neither overflowed nor vanished.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
+#[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
+fn centre<T: Element>(total: f32, squares: f32, len: usize) -> Option<(f32, f64)> {
+    // How many variances the squared mean may be: a float has digits to lose where 16 bits are stored.
+    let most = if size_of::<T>() == size_of::<f32>() { 0.5 } else { 8.0 };
+    let mean = f64::from(total) / len as f64;
+    let part = mean * f64::from(total);
+    let rest = f64::from(squares) - part;
+    let is_good = (LEAST..f32::INFINITY).contains(&squares) && total.is_finite() && part <= most * rest;
+    is_good.then_some((mean as f32, rest))
+}
+
 /// `Σ (x − mean)²`, also where the squares overflow or vanish in f32: these rows are summed again in f64.
 #[inline(always)]
 fn or_wide<T: Element>(squares: f32, x: &[T], mean: f32) -> f64 {
@@ -44,6 +59,37 @@ fn mean<L: Lanes, T: Element>(x: &[T]) -> f32 {
     (total / x.len() as f64) as f32
 }
 
+/// `Σ (x − mean)²`
+#[inline(always)]
+fn squares<L: Lanes, T: Element>(x: &[T], mean: f32) -> f64 {
+    let [squares] = sums::<4, L, T, 1, 0, 1>(
+        [x],
+        [],
+        #[inline(always)]
+        |[x]: [L; 1], []| {
+            let x = x - L::splat(mean);
+            [x * x]
+        },
+    );
+    or_wide(squares, x, mean)
+}
+
+/// The mean, and [`squares`].
+#[inline(always)]
+fn centred<L: Lanes, T: Element>(x: &[T]) -> (f32, f64) {
+    let [total, all] = sums::<2, L, T, 1, 0, 2>(
+        [x],
+        [],
+        #[inline(always)]
+        |[x]: [L; 1], []| [x, x * x],
+    );
+    if let Some(found) = centre::<T>(total, all, x.len()) {
+        return found;
+    }
+    let mean = mean::<L, T>(x);
+    (mean, squares::<L, T>(x, mean))
+}
+
 #[inline(always)]
 #[expect(clippy::cast_precision_loss, reason = "a row's length, to f32's precision")]
 fn per_element(sum: f32, len: usize) -> f32 {
@@ -65,17 +111,8 @@ unsafe impl RowLoop<1, 1, 0> for Forward<'_> {
     #[inline(always)]
     fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
         let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
-        let mean = if self.centred { mean::<L, T>(x) } else { 0.0 };
-        let [squares] = sums::<4, L, T, 1, 0, 1>(
-            [x],
-            [],
-            #[inline(always)]
-            |[x]: [L; 1], []| {
-                let x = x - L::splat(mean);
-                [x * x]
-            },
-        );
-        let r = reciprocal_deviation(or_wide(squares, x, mean), x.len(), self.eps);
+        let (mean, squares) = if self.centred { centred::<L, T>(x) } else { (0.0, squares::<L, T>(x, 0.0)) };
+        let r = reciprocal_deviation(squares, x.len(), self.eps);
         let (mean, r) = (L::splat(mean), L::splat(r));
         match (self.weight, self.bias) {
             (None, None) => map(

@@ -2,6 +2,7 @@
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
+use std::any::TypeId;
 use std::mem::MaybeUninit;
 
 use super::lanes::{Element, LANES, Lanes, Piece, Room, as_room};
@@ -113,7 +114,8 @@ pub(super) fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T
 }
 
 /// `M` values and `P` new values of `sums`, for each element of rows of one length: `f(inputs, wide, sums)`, where `wide`
-/// are f32 whatever the inputs are. What is not wanted is not written.
+/// are f32 whatever the inputs are. What is not wanted is not written. Without `wide` and `sums`, `f` must be the same in
+/// every lane: elements may come in another order.
 #[inline(always)]
 pub(super) fn pass<
     L: Lanes,
@@ -141,6 +143,8 @@ pub(super) fn pass<
         #[inline(always)]
         |row| pieces(row, len),
     );
+    // What is the same in every lane, and meets nothing that lies in another order.
+    let any_order = K == 0 && P == 0 && TypeId::of::<T>() == TypeId::of::<U>();
     let streams = outputs.each_ref().map(|out| out.as_ref().is_some_and(|out| out.stream));
     let mut outputs = outputs.map(
         #[inline(always)]
@@ -155,7 +159,8 @@ pub(super) fn pass<
         // Not by `array::from_fn`, which is a function of its own, compiled for other instructions.
         let (mut x, mut w, mut s) = ([zero; N], [zero; K], [zero; P]);
         for k in 0..N {
-            x[k] = T::load(&inputs[k].0[i]);
+            let from = &inputs[k].0[i];
+            x[k] = if any_order { T::load_any(from) } else { T::load(from) };
         }
         for k in 0..K {
             w[k] = L::load(&wide[k].0[i]);
@@ -168,11 +173,14 @@ pub(super) fn pass<
         let (y, s) = f(x, w, s);
         for k in 0..M {
             if let Some((out, _)) = &mut outputs[k] {
-                if streams[k] {
+                let to = &mut out[i];
+                match (streams[k], any_order) {
                     // SAFETY: a row that is streamed begins at a multiple of 16, and a piece has 32 or 64 bytes.
-                    unsafe { U::stream(y[k], &mut out[i]) };
-                } else {
-                    U::store(y[k], &mut out[i]);
+                    (true, true) => unsafe { U::stream_again(y[k], to) },
+                    // SAFETY: likewise.
+                    (true, false) => unsafe { U::stream(y[k], to) },
+                    (false, true) => U::store_again(y[k], to),
+                    (false, false) => U::store(y[k], to),
                 }
             }
         }
@@ -328,11 +336,11 @@ pub(super) fn max<L: Lanes, T: Element>(row: &[T], f: impl Fn(L) -> L) -> f32 {
     let mut greatest = [least; 4];
     for group in groups {
         for (greatest, piece) in greatest.iter_mut().zip(group) {
-            *greatest = greatest.max(f(T::load(piece)));
+            *greatest = greatest.max(f(T::load_any(piece)));
         }
     }
     for piece in singles {
-        greatest[0] = greatest[0].max(f(T::load(piece)));
+        greatest[0] = greatest[0].max(f(T::load_any(piece)));
     }
     if !rest.is_empty() {
         greatest[1] = greatest[1].max(f(load_part(rest)).first(rest.len(), least));

@@ -66,7 +66,7 @@ fn exponentials<L: Lanes, T: Element>(scale: f32, x: &[T], out: &mut [f32]) -> f
         [],
         Out::over(out),
         #[inline(always)]
-        |[x]: [L; 1], []| exp(x * scale - greatest),
+        |[x]: [L; 1], []| T::exp(x * scale - greatest),
     );
     let [total] = sums::<4, L, f32, 1, 0, 1>(
         [out],

@@ -76,6 +76,25 @@ pub(crate) trait Lanes:
     /// What was streamed so far is seen by others before what this thread writes from here on.
     fn fence() {}
 
+    /// [`Self::load_bf16`] in an order that suits the processor, the same as [`Self::store_bf16_in_any_order`]'s.
+    fn load_bf16_in_any_order(from: &Piece<bf16>) -> Self {
+        Self::load_bf16(from)
+    }
+
+    /// What [`Self::load_bf16_in_any_order`] has loaded, each back in its place.
+    fn store_bf16_in_any_order(self, to: &mut Room<bf16>) {
+        self.store_bf16(to);
+    }
+
+    /// [`Self::store_bf16_in_any_order`] past the cache, as [`Self::stream`].
+    ///
+    /// # Safety
+    /// As for [`Self::stream`].
+    unsafe fn stream_bf16_in_any_order(self, to: &mut Room<bf16>) {
+        // SAFETY: the caller's.
+        unsafe { self.stream_bf16(to) }
+    }
+
     /// `self · factor + addend`, rounded once where the processor can.
     fn mul_add(self, factor: Self, addend: Self) -> Self;
     /// `other` where it is greater, else `self`, a NaN of which is kept and one of `other` passed over.
@@ -151,12 +170,25 @@ pub(crate) trait Element: WithDType {
     /// As for [`Lanes::stream`].
     unsafe fn stream<L: Lanes>(lanes: L, to: &mut Room<Self>);
 
+    /// [`Self::load`] for what is the same in every lane and meets no other type: in any order, which [`Self::store_again`]
+    /// and [`Self::stream_again`] know.
+    fn load_any<L: Lanes>(from: &Piece<Self>) -> L;
+    fn store_again<L: Lanes>(lanes: L, to: &mut Room<Self>);
+
+    /// # Safety
+    /// As for [`Lanes::stream`].
+    unsafe fn stream_again<L: Lanes>(lanes: L, to: &mut Room<Self>);
+
+    /// [`exp`], as exactly as a result that is stored like this can tell.
+    fn exp<L: Lanes>(x: L) -> L;
+
     /// The row itself, if it is of f32.
     fn as_f32(row: &[Self]) -> Option<&[f32]>;
 }
 
 macro_rules! element {
-    ($T:ty, $load:ident, $store:ident, $stream:ident, $as_f32:expr) => {
+    ($T:ty, [$load:ident, $store:ident, $stream:ident], [$load_any:ident, $again:ident, $stream_again:ident], $exp:ident,
+     $as_f32:expr) => {
         impl Element for $T {
             #[inline(always)]
             fn load<L: Lanes>(from: &Piece<Self>) -> L {
@@ -175,23 +207,67 @@ macro_rules! element {
             }
 
             #[inline(always)]
+            fn load_any<L: Lanes>(from: &Piece<Self>) -> L {
+                L::$load_any(from)
+            }
+
+            #[inline(always)]
+            fn store_again<L: Lanes>(lanes: L, to: &mut Room<Self>) {
+                lanes.$again(to);
+            }
+
+            #[inline(always)]
+            unsafe fn stream_again<L: Lanes>(lanes: L, to: &mut Room<Self>) {
+                // SAFETY: the caller's.
+                unsafe { lanes.$stream_again(to) }
+            }
+
+            #[inline(always)]
+            fn exp<L: Lanes>(x: L) -> L {
+                $exp(x)
+            }
+
+            #[inline(always)]
             fn as_f32(row: &[Self]) -> Option<&[f32]> {
                 $as_f32(row)
             }
         }
     };
 }
-element!(f32, load, store, stream, Some);
-element!(f16, load_f16, store_f16, stream_f16, |_| None);
-element!(bf16, load_bf16, store_bf16, stream_bf16, |_| None);
+element!(f32, [load, store, stream], [load, store, stream], exp, Some);
+element!(f16, [load_f16, store_f16, stream_f16], [load_f16, store_f16, stream_f16], short_exp, |_| None);
+element!(
+    bf16,
+    [load_bf16, store_bf16, stream_bf16],
+    [load_bf16_in_any_order, store_bf16_in_any_order, stream_bf16_in_any_order],
+    short_exp,
+    |_| None
+);
 
 /// `e^x`, within 2 units in the last place, subnormal results included; NaN stays NaN.
-///
-/// `x = n·ln 2 + r` with `|r| <= ln 2 / 2`, and the polynomial of Cephes' `expf` (Moshier) for `e^r`, its terms in pairs
-/// (Estrin): what limits it is the wait of one term for the other. Where all lanes are far from the bounds of the
-/// exponent, `2ⁿ` is an addition to it.
 #[inline(always)]
 pub(super) fn exp<L: Lanes>(x: L) -> L {
+    power(
+        x,
+        #[inline(always)]
+        |x| reduced(x),
+    )
+}
+
+/// `e^x` within a part of 2⁻¹⁶, which is closer than 16 bits can tell; else as [`exp`].
+#[inline(always)]
+pub(super) fn short_exp<L: Lanes>(x: L) -> L {
+    power(
+        x,
+        #[inline(always)]
+        |x| shortly_reduced(x),
+    )
+}
+
+/// `e^x = e^r·2ⁿ`, with `x = n·ln 2 + r` and `|r| <= ln 2 / 2`. Where all lanes are far from the bounds of the exponent, `2ⁿ`
+/// is an addition to it.
+#[inline(always)]
+fn power<L: Lanes>(x: L, reduced: impl Fn(L) -> (L, L)) -> L {
     if x.all_within(87.0) {
         let (p, shifted) = reduced(x);
         return p.add_to_exponent(shifted);
@@ -204,7 +280,8 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
 /// Added to a small float, it rounds it to an integer, which then is in the low bits.
 const ROUND: f32 = 12_582_912.0;
 
-/// `e^r`, and `n` as [`ROUND`] leaves it.
+/// `e^r`, and `n` as [`ROUND`] leaves it: the polynomial of Cephes' `expf` (Moshier), its terms in pairs (Estrin), because what
+/// limits it is the wait of one term for the other.
 #[inline(always)]
 fn reduced<L: Lanes>(x: L) -> (L, L) {
     let c = L::splat;
@@ -219,4 +296,15 @@ fn reduced<L: Lanes>(x: L) -> (L, L) {
     let low = c(1.666_666_5e-1).mul_add(r, c(5e-1));
     let p = high.mul_add(squared, middle).mul_add(squared, low);
     (p.mul_add(squared, r) + c(1.0), shifted)
+}
+
+/// As [`reduced`], by the polynomial of degree 4 with the least relative error (2⁻¹⁸·⁴) among those that are 1 at 0; `n·ln 2`
+/// is rounded where there is no FMA.
+#[inline(always)]
+fn shortly_reduced<L: Lanes>(x: L) -> (L, L) {
+    let c = L::splat;
+    let shifted = x.mul_add(c(std::f32::consts::LOG2_E), c(ROUND));
+    let r = (shifted - c(ROUND)).mul_add(c(-std::f32::consts::LN_2), x);
+    let p = c(0.041_513_685).mul_add(r, c(0.167_875_92)).mul_add(r, c(0.500_030_2));
+    (p.mul_add(r, c(0.999_966_8)).mul_add(r, c(1.0)), shifted)
 }

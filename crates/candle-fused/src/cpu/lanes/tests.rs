@@ -189,6 +189,62 @@ fn streams_write_what_stores_do() {
 }
 
 #[test]
+fn any_order_is_undone_by_what_writes_again() {
+    #[repr(align(16))]
+    struct Aligned<T>(Piece<T>);
+    fn check<T: Element, L: Lanes>(isa: Isa) {
+        for numbers in numbers() {
+            let mut piece = [T::zero(); LANES];
+            T::store(L::load(&numbers), as_room(&mut piece));
+            let third = L::splat(1.0 / 3.0);
+            let mut plain = [T::zero(); LANES];
+            T::store(T::load::<L>(&piece) * third, as_room(&mut plain));
+            let lanes = T::load_any::<L>(&piece) * third;
+            let (mut stored, mut streamed) = (Aligned([T::zero(); LANES]), Aligned([T::zero(); LANES]));
+            T::store_again(lanes, as_room(&mut stored.0));
+            // SAFETY: aligned.
+            unsafe { T::stream_again(lanes, as_room(&mut streamed.0)) };
+            L::fence();
+            for (l, plain) in plain.into_iter().enumerate() {
+                for got in [stored.0[l], streamed.0[l]] {
+                    let same = got == plain || got.to_f64().is_nan() && plain.to_f64().is_nan();
+                    assert!(same, "{isa:?} lane {l}: {got}, {plain}");
+                }
+            }
+        }
+    }
+    with_lanes!(|isa: L| {
+        check::<f32, L>(isa);
+        check::<f16, L>(isa);
+        check::<bf16, L>(isa);
+    });
+}
+
+#[test]
+fn the_short_exp_is_close() {
+    with_lanes!(|isa: L| {
+        let mut x = -104.5f32;
+        while x < 88.7 {
+            let row: Piece<f32> = std::array::from_fn(|l| x + 0.000_7 * l as f32);
+            for (x, got) in row.into_iter().zip(short_exp(L::load(&row)).to_array()) {
+                let (expected, got) = (f64::from(x).exp(), f64::from(got));
+                // Below the normal numbers there are fewer digits.
+                let bound = (expected * 0.5f64.powi(16)).max(1.5e-45);
+                assert!((got - expected).abs() <= bound, "{isa:?} exp({x}) = {got}, expected {expected}");
+            }
+            x += 0.000_7 * LANES as f32;
+        }
+        let mut odd = [0.0; LANES];
+        odd[..6].copy_from_slice(&[f32::NEG_INFINITY, f32::INFINITY, 0.0, f32::NAN, -1e30, 100.0]);
+        let got = short_exp(L::load(&odd)).to_array();
+        assert_eq!(got[..3], [0.0, f32::INFINITY, 1.0], "{isa:?}");
+        assert!(got[3].is_nan() && got[4] == 0.0 && got[5].is_infinite(), "{isa:?}");
+        // Alone, far from every bound, zero gives exactly one.
+        assert_eq!(short_exp(L::splat(0.0)).to_array(), [1.0; LANES], "{isa:?}");
+    });
+}
+
+#[test]
 fn exp_is_within_two_units_in_the_last_place() {
     with_lanes!(|isa: L| {
         let mut x = -104.5f32;

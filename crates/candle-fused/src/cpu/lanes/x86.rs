@@ -82,26 +82,63 @@ impl Avx2 {
         ]
     }
 
+    /// Whether a lane is NaN.
+    #[inline(always)]
+    fn has_nan(self) -> bool {
+        x86!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0[0], self.0[1])) != 0)
+    }
+
+    /// To the nearest bf16, ties to even, in the upper half of each lane; below it lies what was rounded away.
+    #[inline(always)]
+    fn rounded_to_bf16(self) -> [__m256i; 2] {
+        let [a, b] = self.0;
+        let (a, b) = (x86!(_mm256_castps_si256(a)), x86!(_mm256_castps_si256(b)));
+        // A NaN stays one: its upper half, made quiet. Both registers are asked at once whether they hold one.
+        if self.has_nan() { [quiet_or_rounded(a), quiet_or_rounded(b)] } else { [rounded(a), rounded(b)] }
+    }
+
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
-        let [low, high] = [round_bf16(self.0[0]), round_bf16(self.0[1])];
-        // Packing works within each half of the registers.
-        x86!(_mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high)))
+        let [low, high] = self.rounded_to_bf16();
+        x86!({
+            let both = _mm256_packus_epi32(_mm256_srli_epi32::<16>(low), _mm256_srli_epi32::<16>(high));
+            // Packing works within each half of the registers.
+            _mm256_permute4x64_epi64::<0b11_01_10_00>(both)
+        })
+    }
+
+    /// Lane l of the first register beside lane l of the second.
+    #[inline(always)]
+    fn to_bf16_in_pairs(self) -> __m256i {
+        let [even, odd] = self.rounded_to_bf16();
+        x86!(_mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(even), odd))
     }
 }
 
-/// To the nearest, ties to even, in the lower halves of eight lanes.
 #[inline(always)]
-fn round_bf16(x: __m256) -> __m256i {
+fn rounded(bits: __m256i) -> __m256i {
     x86!({
-        let bits = _mm256_castps_si256(x);
         let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-        // A NaN stays one: its upper half, made quiet.
-        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
-        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)))
     })
+}
+
+#[inline(always)]
+fn quiet_or_rounded(bits: __m256i) -> __m256i {
+    x86!({
+        let x = _mm256_castsi256_ps(bits);
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_blendv_epi8(rounded(bits), _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000)), nan)
+    })
+}
+
+/// Past the cache, 16 bytes at a time: a greater alignment no allocator promises.
+#[inline(always)]
+fn stream_16(bits: __m256i, to: *mut __m128i) {
+    x86!({
+        _mm_stream_si128(to, _mm256_castsi256_si128(bits));
+        _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(bits));
+    });
 }
 
 #[inline(always)]
@@ -170,6 +207,26 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn load_bf16_in_any_order(from: &Piece<bf16>) -> Self {
+        x86!({
+            let pairs = _mm256_loadu_si256(from.as_ptr().cast());
+            let (even, odd) =
+                (_mm256_slli_epi32::<16>(pairs), _mm256_and_si256(pairs, _mm256_set1_epi32(!0xFFFF)));
+            Self([_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd)])
+        })
+    }
+
+    #[inline(always)]
+    fn store_bf16_in_any_order(self, to: &mut Room<bf16>) {
+        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.to_bf16_in_pairs()));
+    }
+
+    #[inline(always)]
+    unsafe fn stream_bf16_in_any_order(self, to: &mut Room<bf16>) {
+        stream_16(self.to_bf16_in_pairs(), to.as_mut_ptr().cast());
+    }
+
+    #[inline(always)]
     unsafe fn stream(self, to: &mut Room<f32>) {
         let to = to.as_mut_ptr().cast::<f32>();
         // Of 16 bytes each: more than that no allocator promises.
@@ -192,11 +249,7 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
-        let (all, to) = (self.to_bf16(), to.as_mut_ptr().cast::<__m128i>());
-        x86!({
-            _mm_stream_si128(to, _mm256_castsi256_si128(all));
-            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
-        });
+        stream_16(self.to_bf16(), to.as_mut_ptr().cast());
     }
 
     #[inline(always)]
@@ -420,20 +473,12 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     unsafe fn stream_f16(self, to: &mut Room<f16>) {
-        let (all, to) = (self.to_f16(), to.as_mut_ptr().cast::<__m128i>());
-        x86!({
-            _mm_stream_si128(to, _mm256_castsi256_si128(all));
-            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
-        });
+        stream_16(self.to_f16(), to.as_mut_ptr().cast());
     }
 
     #[inline(always)]
     unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
-        let (all, to) = (self.to_bf16(), to.as_mut_ptr().cast::<__m128i>());
-        x86!({
-            _mm_stream_si128(to, _mm256_castsi256_si128(all));
-            _mm_stream_si128(to.add(1), _mm256_extracti128_si256::<1>(all));
-        });
+        stream_16(self.to_bf16(), to.as_mut_ptr().cast());
     }
 
     #[inline(always)]
