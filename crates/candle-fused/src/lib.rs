@@ -56,6 +56,7 @@ pub use backend::MetalKernelCompiler;
 pub use backend::{DeviceKind, fused_ops, peak_memory, reset_peak_memory};
 pub use backward::{Gradients, backward, backward_from};
 pub use error::{DeviceError, TrainingError};
+pub use graph::release;
 pub use ops::adam::{AdamStep, adam};
 pub use ops::add::add;
 pub use ops::attention::attention;

@@ -15,6 +15,7 @@ use half::{bf16, f16};
 use crate::cpu::dispatch::{self, Vectorised};
 use crate::cpu::lanes::{Element, Lanes};
 use crate::cpu::rows::{Out, Row, RowLoop};
+use crate::graph;
 
 /// The bytes of a task.
 const TASK: usize = 32 * 1024;
@@ -53,6 +54,61 @@ pub(crate) fn map_rows<R: RowLoop<N, M, P>, const N: usize, const M: usize, cons
 pub(crate) fn map_row<R: RowLoop<N, 1, 0>, const N: usize>(inputs: [&Tensor; N], row: &R) -> Result<Tensor> {
     let [output] = array_of(map_rows(inputs, [true], [], row)?.outputs.into_iter().flatten().map(Ok))?;
     Ok(output)
+}
+
+/// As [`map_row`], the result in the place of its one input, which is a fresh tensor that nobody else has, and is empty
+/// afterwards.
+pub(crate) fn map_row_over<R: RowLoop<1, 1, 0>>(input: &Tensor, row: &R) -> Result<Tensor> {
+    let (rows, d) = matrix(input.shape());
+    match graph::take_storage(input)? {
+        Some(Storage::Cpu(CpuStorage::F32(data))) => over(data, rows, d, row, input.shape()),
+        Some(Storage::Cpu(CpuStorage::F16(data))) => over(data, rows, d, row, input.shape()),
+        Some(Storage::Cpu(CpuStorage::BF16(data))) => over(data, rows, d, row, input.shape()),
+        _ => bail!("rows must be f32, f16 or bf16, on the processor"),
+    }
+}
+
+fn over<T: Element, R: RowLoop<1, 1, 0>>(
+    mut data: Vec<T>,
+    rows: usize,
+    d: usize,
+    row: &R,
+    shape: &Shape,
+) -> Result<Tensor> {
+    /// Some rows, each read from a copy while it is written.
+    struct Work<'a, T, R> {
+        row: &'a R,
+        first: usize,
+        rows: &'a mut [T],
+        copy: &'a mut Vec<T>,
+        scratch: &'a mut [f32],
+        d: usize,
+    }
+
+    impl<T: Element, R: RowLoop<1, 1, 0>> Vectorised for Work<'_, T, R> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) {
+            let Self { row, first, rows, copy, scratch, d } = self;
+            for (index, to) in (first..).zip(rows.chunks_exact_mut(d)) {
+                copy.clear();
+                copy.extend_from_slice(to);
+                let (inputs, outputs) = ([copy.as_slice()], [Some(Out::over(to))]);
+                row.row::<L, T>(Row { index, inputs, outputs, sums: [], scratch });
+            }
+        }
+    }
+
+    if data.len() != rows * d || d == 0 {
+        bail!("a tensor that is written over must be the whole of its storage");
+    }
+    let tasks: Vec<_> = data.chunks_mut(d).enumerate().collect();
+    spread(tasks, true, |(copy, scratch): &mut (Vec<T>, Vec<f32>), (first, rows)| {
+        scratch.resize(if R::SCRATCH { d } else { 0 }, 0.0);
+        dispatch::vectorise(dispatch::isa(), Work { row, first, rows, copy, scratch, d });
+    });
+    Tensor::from_vec(data, shape, &Device::Cpu)
 }
 
 /// As [`map_rows`], where an element of the results depends on the same element of the inputs alone: contiguous inputs

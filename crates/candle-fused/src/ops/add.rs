@@ -7,7 +7,7 @@ use crate::backend::cpu::map_element;
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::elements as row;
-use crate::graph::{self, Backward};
+use crate::graph::{self, Backward, Reads};
 
 const OP: &str = "add";
 
@@ -46,6 +46,14 @@ struct Add;
 impl Backward<2> for Add {
     fn op(&self) -> &'static str {
         OP
+    }
+
+    fn reads(&self, _: usize) -> Reads {
+        Reads::Never
+    }
+
+    fn reads_output(&self) -> bool {
+        false
     }
 
     fn backward(&self, args: [&Tensor; 2], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 2]> {

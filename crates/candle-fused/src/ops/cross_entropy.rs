@@ -10,7 +10,7 @@ use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use candlewick_kernels::Element;
 use candlewick_kernels::cross_entropy::CrossEntropy as Plans;
 
-use crate::backend::cpu::{map_row, map_rows, to_vec};
+use crate::backend::cpu::{map_row, map_row_over, map_rows, to_vec};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::cross_entropy as row;
@@ -105,7 +105,9 @@ impl Backward<1> for CrossEntropy {
     }
 
     fn backward(&self, [logits]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        Ok([tracked(logits, || Ok(backend::run(logits.device(), &Gradient { logits, saved: self, g })?))?])
+        Ok([tracked(logits, || {
+            Ok(backend::run(logits.device(), &Gradient { logits, saved: self, g, over: false })?)
+        })?])
     }
 }
 
@@ -155,6 +157,8 @@ pub(super) struct Gradient<'a> {
     pub(super) logits: &'a Tensor,
     pub(super) saved: &'a CrossEntropy,
     pub(super) g: &'a Tensor,
+    /// Whether it may take the place of the logits, which nobody else has.
+    pub(super) over: bool,
 }
 
 impl Kernel for Gradient<'_> {
@@ -166,7 +170,8 @@ impl Kernel for Gradient<'_> {
         let (lse, counted) = (to_vec(lse)?, counted.flatten_all()?.get(0)?.to_scalar::<f32>()?);
         let (lse, _) = lse.as_chunks::<2>();
         let g = self.g.to_scalar::<f32>()? / counted.max(1.0);
-        map_row([self.logits], &row::Backward { columns: &columns, lse, g })
+        let row = row::Backward { columns: &columns, lse, g };
+        if self.over { map_row_over(self.logits, &row) } else { map_row([self.logits], &row) }
     }
 
     fn gpu(&self) -> Attempt<Tensor> {

@@ -40,6 +40,18 @@ impl Backward<2> for Gated {
         self.f.op()
     }
 
+    fn reads_output(&self) -> bool {
+        false
+    }
+
+    fn is_repeatable(&self) -> bool {
+        true
+    }
+
+    fn again(&self, [gate, up]: [&Tensor; 2]) -> Result<Tensor> {
+        Ok(backend::run(gate.device(), &Forward { f: self.f, gate: &gate.detach(), up: &up.detach() })?)
+    }
+
     fn backward(&self, [gate, up]: [&Tensor; 2], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 2]> {
         let wanted = [gate.track_op(), up.track_op()];
         Ok(backend::run(gate.device(), &Gradients { f: self.f, gate, up, g, wanted })?)

@@ -105,7 +105,7 @@ impl Forward<'_> {
         }
         let divisor = total.unwrap_or(&counted).clone();
         let saved = CrossEntropy { targets: targets.clone(), ignore_index, lse, counted: divisor };
-        let gradient = cross_entropy::Gradient { logits: &logits, saved: &saved, g };
+        let gradient = cross_entropy::Gradient { logits: &logits, saved: &saved, g, over: true };
         let gradient = backend::run(x.device(), &gradient)?;
         drop(logits);
         let base = Base { left: &gradient, right: self.weight, bias: None };

@@ -16,7 +16,7 @@ use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
-use crate::graph::{self, Backward, tracked};
+use crate::graph::{self, Backward, Reads, tracked};
 use crate::ops::low_rank_products;
 use crate::philox::{halves, philox4x32};
 
@@ -202,6 +202,14 @@ struct FrozenBackward {
 impl Backward<1> for FrozenBackward {
     fn op(&self) -> &'static str {
         self.op
+    }
+
+    fn reads(&self, _: usize) -> Reads {
+        Reads::Never
+    }
+
+    fn reads_output(&self) -> bool {
+        false
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
@@ -393,11 +401,19 @@ impl Backward<3> for LowRankBackward {
         self.call.op
     }
 
+    fn reads(&self, arg: usize) -> Reads {
+        if arg == 0 { Reads::Again } else { Reads::Directly }
+    }
+
+    fn reads_output(&self) -> bool {
+        false
+    }
+
     fn backward(&self, [x, a, b]: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let call = &self.call;
         let wanted = LoraGradients { x: x.track_op(), a: a.track_op(), b: b.track_op() };
         let (a_matrix, b_matrix) = (call.a_matrix(a)?, call.b_matrix(b)?);
-        let (x_rows, grad) = (rows(&x.detach())?, rows(grad)?);
+        let (x_rows, grad) = (rows(&graph::value(x)?.detach())?, rows(grad)?);
         let gradients =
             Gradients { saved: self, x: &x_rows, a: &a_matrix, b: &b_matrix, grad: &grad, wanted };
         let [dx, da, db] = backend::run(x.device(), &gradients)?;

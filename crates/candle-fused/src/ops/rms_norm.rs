@@ -69,6 +69,10 @@ impl Backward<1> for RmsNorm {
         OP
     }
 
+    fn reads_output(&self) -> bool {
+        false
+    }
+
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
         let [dx, _] = self.gradients(x, None, g)?;
         Ok([dx])
@@ -78,6 +82,10 @@ impl Backward<1> for RmsNorm {
 impl Backward<2> for RmsNorm {
     fn op(&self) -> &'static str {
         OP
+    }
+
+    fn reads_output(&self) -> bool {
+        false
     }
 
     fn backward(&self, [x, w]: [&Tensor; 2], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 2]> {

@@ -12,7 +12,7 @@ use crate::backend::cpu::{map_row, with_f32};
 use crate::backend::{self, Attempt, Kernel, gpu};
 use crate::check;
 use crate::cpu::rope as row;
-use crate::graph::{self, Backward, tracked};
+use crate::graph::{self, Backward, Reads, tracked};
 
 const OP: &str = "rope";
 
@@ -109,6 +109,14 @@ struct Rope {
 impl Backward<1> for Rope {
     fn op(&self) -> &'static str {
         OP
+    }
+
+    fn reads(&self, _: usize) -> Reads {
+        Reads::Never
+    }
+
+    fn reads_output(&self) -> bool {
+        false
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {

@@ -269,12 +269,14 @@ impl Layer {
     fn forward(&self, x: &Tensor, call: &Call, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let eps = call.config.rms_norm_eps;
         let normed = candle_fused::rms_norm(x, Some(&self.input_norm), eps)?;
-        let x = candle_fused::add(x, &self.attention.forward(&normed, call, cache)?)?;
+        let x = residual(x, self.attention.forward(&normed, call, cache)?)?;
         let normed = candle_fused::rms_norm(&x, Some(&self.post_attention_norm), eps)?;
         let gate = self.gate.forward(&normed, call.dropout_seed)?;
         let up = self.up.forward(&normed, call.dropout_seed)?;
-        let mlp = self.down.forward(&candle_fused::silu_mul(&gate, &up)?, call.dropout_seed)?;
-        Ok(candle_fused::add(&x, &mlp)?)
+        let gated = candle_fused::silu_mul(&gate, &up)?;
+        let mlp = self.down.forward(&gated, call.dropout_seed)?;
+        candle_fused::release(gated, &mlp)?;
+        residual(&x, mlp)
     }
 }
 
@@ -295,10 +297,13 @@ impl Attention {
             q = candle_fused::rms_norm(&q, Some(q_norm), config.rms_norm_eps)?;
             k = candle_fused::rms_norm(&k, Some(k_norm), config.rms_norm_eps)?;
         }
-        let rotate = |x: &Tensor| {
-            candle_fused::rope(&view::transpose(x, 1, 2)?, &call.cos, &call.sin, RopeLayout::Half)
+        let rotate = |x: Tensor| -> Result<Tensor> {
+            let x = view::transpose(&x, 1, 2)?;
+            let y = candle_fused::rope(&x, &call.cos, &call.sin, RopeLayout::Half)?;
+            candle_fused::release(x, &y)?;
+            Ok(y)
         };
-        let (q, k) = (view::transpose(&rotate(&q)?, 1, 2)?, rotate(&k)?);
+        let (q, k) = (view::transpose(&rotate(q)?, 1, 2)?, rotate(k)?);
         let (k, v) = match cache {
             Some(cache) => {
                 let (k, v) = cache.append(&k, &v.transpose(1, 2)?.contiguous()?)?;
@@ -313,6 +318,13 @@ impl Attention {
         let y = view::reshape(&y, (batch, tokens, heads * width))?;
         self.o.forward(&y, call.dropout_seed)
     }
+}
+
+/// `x + y`, after which nothing needs the values of `y`.
+fn residual(x: &Tensor, y: Tensor) -> Result<Tensor> {
+    let sum = candle_fused::add(x, &y)?;
+    candle_fused::release(y, &sum)?;
+    Ok(sum)
 }
 
 fn linear(
