@@ -32,7 +32,7 @@ use clap::Parser;
 use error::{Error, Result};
 use mimalloc::MiMalloc;
 
-/// As in `wick`. The runner starts the engines with `MIMALLOC_PURGE_DELAY=-1`, which is what `wick` sets.
+/// As in `wick`, whose options the runner gives the engines by their names.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 

@@ -178,9 +178,12 @@ impl Parts {
         let variables = ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"];
         let mut environment: Vec<_> =
             variables.iter().map(|&variable| (variable.to_owned(), threads.clone())).collect();
-        for (variable, value) in
-            [("MIMALLOC_PURGE_DELAY", "-1"), ("MLX_ENABLE_TF32", "0"), ("PYTHONUNBUFFERED", "1")]
-        {
+        for (variable, value) in [
+            ("MIMALLOC_ARENA_EAGER_COMMIT", "0"),
+            ("MIMALLOC_PURGE_DELAY", "-1"),
+            ("MLX_ENABLE_TF32", "0"),
+            ("PYTHONUNBUFFERED", "1"),
+        ] {
             environment.push((variable.to_owned(), value.to_owned()));
         }
         let (program, arguments) = if matches!(name, "ours" | "candle") {

@@ -1,7 +1,7 @@
 //! Times LoRA training steps on random weights and random tokens, and prints tokens per second and peak memory:
 //!
 //! ```sh
-//! MIMALLOC_PURGE_DELAY=-1 cargo run --release --example training_step -- tiny|135m|0.5b f32|bf16 [STEPS]
+//! MIMALLOC_ARENA_EAGER_COMMIT=0 MIMALLOC_PURGE_DELAY=-1 cargo run --release --example training_step -- tiny|135m|0.5b f32|bf16 [STEPS]
 //! ```
 //!
 //! The shapes: `tiny` a Llama of hidden size 256 on 8×128 tokens, `135m` `SmolLM2`'s on 2×256, `0.5b` `Qwen2.5`'s on
