@@ -205,6 +205,36 @@ impl Backward<'_> {
         );
     }
 
+    /// [`Self::sums`] of a centred row in one pass, where that loses no digits: see [`centre`].
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
+    fn sums_around_zero<L: Lanes, T: Element, const K: usize>(
+        &self,
+        x: &[T],
+        g: &[T],
+        weight: [&[f32]; K],
+        h: &impl Fn(L, [L; K]) -> L,
+    ) -> Option<(Moments, f32, f32)> {
+        let len = x.len();
+        let [sum, squares, total, along, size] = sums::<1, L, T, 2, K, 5>(
+            [x, g],
+            weight,
+            #[inline(always)]
+            |[x, g]: [L; 2], w| {
+                let h = h(g, w);
+                let along = h * x;
+                [x, x * x, h, along, along.abs()]
+            },
+        );
+        let (mean, squares) = centre::<T>(sum, squares, len)?;
+        if !(LEAST..f32::INFINITY).contains(&size) || !total.is_finite() {
+            return None;
+        }
+        let r = reciprocal_deviation(squares, len, self.eps);
+        let along = (f64::from(along) - f64::from(mean) * f64::from(total)) as f32 * r;
+        Some(([mean, r], per_element(total, len), per_element(along, len)))
+    }
+
     /// The moments, `mean(h)` and `mean(h·x̂)`.
     #[inline(always)]
     fn sums<L: Lanes, T: Element, const K: usize>(
@@ -215,6 +245,11 @@ impl Backward<'_> {
         h: &impl Fn(L, [L; K]) -> L,
     ) -> (Moments, f32, f32) {
         let len = x.len();
+        if self.centred
+            && let Some(found) = self.sums_around_zero::<L, T, K>(x, g, weight, h)
+        {
+            return found;
+        }
         let (mean, [squares, total, along, size]) = if self.centred {
             let mean = mean::<L, T>(x);
             let sums = sums::<2, L, T, 2, K, 4>(
