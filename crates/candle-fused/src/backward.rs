@@ -138,6 +138,16 @@ mod tests {
         Var::from_tensor(&tensor(dims)).unwrap()
     }
 
+    #[test]
+    fn a_dimension_for_itself_is_no_other_view() {
+        let x = var(&[3, 4]);
+        let y = crate::add(&x, &x).unwrap();
+        let y = view::transpose(&y, 1, 1).unwrap();
+        let gradients = backward_from(&y, &tensor(&[3, 4]).ones_like().unwrap()).unwrap();
+        let gradient: Vec<f32> = gradients.get(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(gradient, [2.0; 12]);
+    }
+
     /// A block of a transformer, with every kind of edge: shared tensors, views, constants.
     fn loss(vars: &[Var], constants: &[Tensor]) -> Result<Tensor> {
         let [x, norm, a, b, up] = vars else { unreachable!() };

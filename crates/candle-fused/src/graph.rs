@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::mem;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::{
@@ -101,6 +101,8 @@ struct Recorded<B, const N: usize> {
     shape: Shape,
     backward: B,
     args: [Tensor; N],
+    /// How often it, or a view of it, is an argument.
+    uses: AtomicUsize,
     /// Whether the recorded tensor has lost its values.
     is_released: AtomicBool,
     /// What is registered and has to go with this.
@@ -110,11 +112,15 @@ struct Recorded<B, const N: usize> {
 impl<B: Backward<N>, const N: usize> Recorded<B, N> {
     fn new(args: [&Tensor; N], output: &Tensor, backward: B) -> Result<Arc<Self>> {
         let slot = Slot::of(output)?;
+        for (maker, _) in args.iter().filter_map(|arg| node(arg)) {
+            maker.uses().fetch_add(1, Ordering::AcqRel);
+        }
         Ok(Arc::new(Self {
             output: slot,
             shape: output.shape().clone(),
             backward,
             args: args.map(Tensor::clone),
+            uses: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
             ids: Mutex::default(),
         }))
@@ -139,8 +145,11 @@ impl<B, const N: usize> Drop for Recorded<B, N> {
 }
 
 /// The storage of a fresh, contiguous tensor on the processor, which is left without.
-pub(crate) fn take_storage(tensor: &Tensor) -> Result<Option<Storage>> {
-    Ok(Slot::of(tensor)?.take())
+pub(crate) fn take_storage(tensor: &Tensor) -> Result<Storage> {
+    match Slot::of(tensor)?.take() {
+        Some(storage) if tensor.is_contiguous() => Ok(storage),
+        _ => bail!("a tensor that is written over must be contiguous"),
+    }
 }
 
 /// A recorded operation, whatever it is.
@@ -155,6 +164,9 @@ pub(crate) trait Node: Send + Sync {
 
     /// Whether these read the result.
     fn reads_output(&self) -> bool;
+
+    /// How often the result, or a view of it, is an argument.
+    fn uses(&self) -> &AtomicUsize;
 
     /// The flag that says whether the result has lost its values; `None` where they cannot be computed again.
     fn releasable(&self) -> Option<&AtomicBool>;
@@ -181,6 +193,10 @@ impl<B: Backward<N>, const N: usize> Node for Recorded<B, N> {
 
     fn reads_output(&self) -> bool {
         self.backward.reads_output()
+    }
+
+    fn uses(&self) -> &AtomicUsize {
+        &self.uses
     }
 
     fn releasable(&self) -> Option<&AtomicBool> {
@@ -241,30 +257,33 @@ pub(crate) fn register_view(view: Tensor, x: &Tensor, undo: Undo) -> Tensor {
     view
 }
 
-/// Frees the values of `x`, which the operation that made `y` was the last to read. On the graph `x` stays: its gradient goes
-/// on to what it was computed from.
+/// Frees the values of `x`, which no operation but the one that made `y` has read. On the graph `x` stays: its gradient goes on
+/// to what it was computed from.
 ///
 /// Candle's graph holds every argument of every operation, so that a training step keeps, for instance, both terms of each
 /// residual sum beside the sum. Where both `x` and `y` are results of this crate's operations (`x` may be a
-/// [`view`](crate::view) of one), and no gradient needs what `x` holds, or it costs little to compute it again from what is
-/// kept anyway (`silu_mul` and `gelu_mul`, when a layer with LoRA asks for it), it is freed; else `x` is left as it is.
+/// [`view`](crate::view) of one), no other of them has read `x`, and no gradient needs what it holds, or it costs little to
+/// compute it again from what is kept anyway (`silu_mul` and `gelu_mul`, when a layer with LoRA asks for it), it is freed;
+/// else `x` is left as it is.
 ///
-/// `x` is taken so that nobody reads it afterwards. Views and clones share its values, and lose them, too: reading them is an
-/// error, or on a GPU may read beyond an allocation.
+/// # Safety
+/// Nobody reads `x`, a clone or a view of it afterwards, and no operation but this crate's has read it on the graph: they
+/// share the storage that is gone, and Candle reads it without asking for its length.
 ///
 /// # Errors
 /// A failed allocation.
 #[expect(clippy::needless_pass_by_value, reason = "nobody is to read it afterwards")]
-pub fn release(x: Tensor, y: &Tensor) -> Result<()> {
+pub unsafe fn release(x: Tensor, y: &Tensor) -> Result<()> {
     let (Some((maker, is_view)), Some((user, false))) = (node(&x), node(y)) else { return Ok(()) };
-    let mut places = user.args().iter().enumerate().filter(|(_, arg)| arg.id() == x.id());
-    let (Some((arg, _)), None) = (places.next(), places.next()) else { return Ok(()) };
-    if maker.reads_output() || x.elem_count() == 0 {
+    let Some(arg) = user.args().iter().position(|arg| arg.id() == x.id()) else { return Ok(()) };
+    if maker.reads_output() || maker.uses().load(Ordering::Acquire) != 1 || x.elem_count() == 0 {
         return Ok(());
     }
     match (user.reads(arg), maker.releasable()) {
-        (Reads::Never, _) => {}
-        (Reads::Again, Some(is_released)) if !is_view => is_released.store(true, Ordering::Release),
+        (Reads::Never, None) => {}
+        (Reads::Never | Reads::Again, Some(is_released)) if !is_view => {
+            is_released.store(true, Ordering::Release)
+        }
         _ => return Ok(()),
     }
     x.inplace_op1(&Nothing)
@@ -457,7 +476,8 @@ mod tests {
         let mut release = |tensor: Tensor, user: &Tensor| {
             let_go.push(tensor.clone());
             if releases {
-                release(tensor, user).unwrap();
+                // SAFETY: the clone beside it is asked for its storage alone.
+                unsafe { release(tensor, user) }.unwrap();
             }
         };
         let gate = crate::add(gate, gate).unwrap();
@@ -503,7 +523,8 @@ mod tests {
     fn what_is_needed_is_kept() {
         let (x, w) = (var(&[3, 8]), var(&[8]));
         let kept = |tensor: &Tensor, user: &Tensor| {
-            release(tensor.clone(), user).unwrap();
+            // SAFETY: it is not read where it was released.
+            unsafe { release(tensor.clone(), user) }.unwrap();
             assert!(!is_released(tensor));
         };
         // Its own gradient needs the result.
@@ -513,6 +534,15 @@ mod tests {
         let norm = crate::rms_norm(&x, None, 1e-6).unwrap();
         kept(&norm, &crate::rms_norm(&norm, Some(&w), 1e-6).unwrap());
         kept(&norm, &crate::silu_mul(&norm, &x).unwrap());
+        // Another operation has read it, or a view of it.
+        let norm = crate::rms_norm(&x, None, 1e-6).unwrap();
+        let _reader = crate::silu_mul(&norm, &x).unwrap();
+        kept(&norm, &crate::add(&norm, &x).unwrap());
+        let norm = crate::rms_norm(&x, None, 1e-6).unwrap();
+        let view = view::reshape(&norm, (1, 3, 8)).unwrap();
+        let _reader = crate::silu_mul(&view, &view).unwrap();
+        kept(&norm, &crate::add(&norm, &x).unwrap());
+        let norm = crate::rms_norm(&x, None, 1e-6).unwrap();
         // It is used twice; by another crate; by an operation that was not recorded; it is a variable; it is no argument.
         kept(&norm, &crate::add(&norm, &norm).unwrap());
         kept(&norm, &(&norm + x.as_tensor()).unwrap());

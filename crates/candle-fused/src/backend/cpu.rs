@@ -61,9 +61,9 @@ pub(crate) fn map_row<R: RowLoop<N, 1, 0>, const N: usize>(inputs: [&Tensor; N],
 pub(crate) fn map_row_over<R: RowLoop<1, 1, 0>>(input: &Tensor, row: &R) -> Result<Tensor> {
     let (rows, d) = matrix(input.shape());
     match graph::take_storage(input)? {
-        Some(Storage::Cpu(CpuStorage::F32(data))) => over(data, rows, d, row, input.shape()),
-        Some(Storage::Cpu(CpuStorage::F16(data))) => over(data, rows, d, row, input.shape()),
-        Some(Storage::Cpu(CpuStorage::BF16(data))) => over(data, rows, d, row, input.shape()),
+        Storage::Cpu(CpuStorage::F32(data)) => over(data, rows, d, row, input.shape()),
+        Storage::Cpu(CpuStorage::F16(data)) => over(data, rows, d, row, input.shape()),
+        Storage::Cpu(CpuStorage::BF16(data)) => over(data, rows, d, row, input.shape()),
         _ => bail!("rows must be f32, f16 or bf16, on the processor"),
     }
 }
@@ -103,9 +103,12 @@ fn over<T: Element, R: RowLoop<1, 1, 0>>(
     if data.len() != rows * d || d == 0 {
         bail!("a tensor that is written over must be the whole of its storage");
     }
-    let tasks: Vec<_> = data.chunks_mut(d).enumerate().collect();
-    spread(tasks, true, |(copy, scratch): &mut (Vec<T>, Vec<f32>), (first, rows)| {
+    let block = (TASK / (d * size_of::<T>())).max(1);
+    let worth = data.len() >= worth::<R, 1, 1, 0>();
+    let tasks: Vec<_> = data.chunks_mut(block * d).enumerate().collect();
+    spread(tasks, worth, |(copy, scratch): &mut (Vec<T>, Vec<f32>), (index, rows)| {
         scratch.resize(if R::SCRATCH { d } else { 0 }, 0.0);
+        let first = index * block;
         dispatch::vectorise(dispatch::isa(), Work { row, first, rows, copy, scratch, d });
     });
     Tensor::from_vec(data, shape, &Device::Cpu)
@@ -358,8 +361,7 @@ fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const 
         });
         tasks.push(Task { first: index * block, statistics, outputs, sums });
     }
-    let worth = if R::EXPONENTIALS { PARALLEL_EXPONENTIALS } else { PARALLEL };
-    spread(tasks, count >= worth, |scratch: &mut Vec<f32>, task| {
+    spread(tasks, count >= worth::<R, N, M, P>(), |scratch: &mut Vec<f32>, task| {
         if R::SCRATCH && scratch.is_empty() {
             scratch.resize(d, 0.0);
         }
@@ -387,6 +389,11 @@ fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const 
         Tensor::from_vec(total, d, &Device::Cpu)?.to_dtype(T::DTYPE).map(Some)
     };
     Ok(Results { outputs, sums: array_of((0..P).map(sum))?, statistics })
+}
+
+/// The elements that are worth waking threads for.
+const fn worth<R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: usize>() -> usize {
+    if R::EXPONENTIALS { PARALLEL_EXPONENTIALS } else { PARALLEL }
 }
 
 /// How large the whole is.

@@ -231,7 +231,7 @@ impl Backward<'_> {
             return None;
         }
         let r = reciprocal_deviation(squares, len, self.eps);
-        let along = (f64::from(along) - f64::from(mean) * f64::from(total)) as f32 * r;
+        let along = ((f64::from(along) - f64::from(mean) * f64::from(total)) * f64::from(r)) as f32;
         Some(([mean, r], per_element(total, len), per_element(along, len)))
     }
 

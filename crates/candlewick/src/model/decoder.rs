@@ -275,7 +275,8 @@ impl Layer {
         let up = self.up.forward(&normed, call.dropout_seed)?;
         let gated = candle_fused::silu_mul(&gate, &up)?;
         let mlp = self.down.forward(&gated, call.dropout_seed)?;
-        candle_fused::release(gated, &mlp)?;
+        // SAFETY: the projection alone has read it.
+        unsafe { candle_fused::release(gated, &mlp) }?;
         residual(&x, mlp)
     }
 }
@@ -300,7 +301,8 @@ impl Attention {
         let rotate = |x: Tensor| -> Result<Tensor> {
             let x = view::transpose(&x, 1, 2)?;
             let y = candle_fused::rope(&x, &call.cos, &call.sin, RopeLayout::Half)?;
-            candle_fused::release(x, &y)?;
+            // SAFETY: a projection or a norm has just made it, and nothing else has read it.
+            unsafe { candle_fused::release(x, &y) }?;
             Ok(y)
         };
         let (q, k) = (view::transpose(&rotate(q)?, 1, 2)?, rotate(k)?);
@@ -323,7 +325,8 @@ impl Attention {
 /// `x + y`, after which nothing needs the values of `y`.
 fn residual(x: &Tensor, y: Tensor) -> Result<Tensor> {
     let sum = candle_fused::add(x, &y)?;
-    candle_fused::release(y, &sum)?;
+    // SAFETY: a projection has just made it, and the sum alone has read it.
+    unsafe { candle_fused::release(y, &sum) }?;
     Ok(sum)
 }
 

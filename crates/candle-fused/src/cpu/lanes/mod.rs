@@ -77,11 +77,13 @@ pub(crate) trait Lanes:
     fn fence() {}
 
     /// [`Self::load_bf16`] in an order that suits the processor, the same as [`Self::store_bf16_in_any_order`]'s.
+    #[inline(always)]
     fn load_bf16_in_any_order(from: &Piece<bf16>) -> Self {
         Self::load_bf16(from)
     }
 
     /// What [`Self::load_bf16_in_any_order`] has loaded, each back in its place.
+    #[inline(always)]
     fn store_bf16_in_any_order(self, to: &mut Room<bf16>) {
         self.store_bf16(to);
     }
@@ -90,6 +92,7 @@ pub(crate) trait Lanes:
     ///
     /// # Safety
     /// As for [`Self::stream`].
+    #[inline(always)]
     unsafe fn stream_bf16_in_any_order(self, to: &mut Room<bf16>) {
         // SAFETY: the caller's.
         unsafe { self.stream_bf16(to) }
@@ -179,7 +182,7 @@ pub(crate) trait Element: WithDType {
     /// As for [`Lanes::stream`].
     unsafe fn stream_again<L: Lanes>(lanes: L, to: &mut Room<Self>);
 
-    /// [`exp`], as exactly as a result that is stored like this can tell.
+    /// [`exp`] for rows of this type, as exactly as what is computed of them can tell.
     fn exp<L: Lanes>(x: L) -> L;
 
     /// The row itself, if it is of f32.
@@ -254,7 +257,7 @@ pub(super) fn exp<L: Lanes>(x: L) -> L {
     )
 }
 
-/// `e^x` within a part of 2⁻¹⁶, which is closer than 16 bits can tell; else as [`exp`].
+/// `e^x` within a part of 2⁻¹⁶, which is closer than 16 bits can tell; NaN and the bounds as in [`exp`].
 #[inline(always)]
 pub(super) fn short_exp<L: Lanes>(x: L) -> L {
     power(

@@ -17,6 +17,19 @@ const EAGER_COMMIT: mi_option_t = 4;
 /// `mi_option_purge_delay` of mimalloc 2 and 3: milliseconds until freed pages go back, -1 for never.
 const PURGE_DELAY: mi_option_t = 15;
 
+/// The runtime allocates before `main`, and has the first gigabyte with that.
+// SAFETY: what lies in this section is called once, before `main` and by the only thread.
+#[cfg(target_os = "linux")]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = before_main;
+
+#[cfg(target_os = "linux")]
+extern "C" fn before_main() {
+    // SAFETY: as in `keep_pages`.
+    unsafe { mi_option_set(EAGER_COMMIT, 0) };
+}
+
 /// Keeps freed pages for the next step, and no more of them than are used: with large pages, the ends of tensors that nobody
 /// writes are backed, too (4% of the peak for a model of 0.5 G numbers, and steps take as long). To be called first, before
 /// other threads run.
