@@ -282,7 +282,7 @@ pub unsafe fn release(x: Tensor, y: &Tensor) -> Result<()> {
     match (user.reads(arg), maker.releasable()) {
         (Reads::Never, None) => {}
         (Reads::Never | Reads::Again, Some(is_released)) if !is_view => {
-            is_released.store(true, Ordering::Release)
+            is_released.store(true, Ordering::Release);
         }
         _ => return Ok(()),
     }

@@ -161,6 +161,41 @@ fn cross_entropy_takes_u32_targets_and_keeps_the_mean_of_large_logits() {
     }
 }
 
+/// Mean square minus squared mean has no digits of such a row's variance.
+#[test]
+fn layer_norm_keeps_the_digits_of_rows_far_from_zero() {
+    const COLUMNS: usize = 1000;
+    for device in devices() {
+        let means = [0f32, 0.3, 10.0, 300.0, -300.0];
+        let plain = tensor(&[means.len(), COLUMNS], 1, &Device::Cpu).to_vec2::<f32>().unwrap();
+        let shifted: Vec<Vec<f32>> = plain
+            .into_iter()
+            .zip(means)
+            .map(|(row, mean)| row.into_iter().map(|x| x + mean).collect())
+            .collect();
+        let x = Var::from_tensor(&Tensor::new(shifted.clone(), &device).unwrap()).unwrap();
+        let [y, dx] = both(&layer_norm(&x, None, None, 1e-5).unwrap(), &x);
+        let g = rows(&tensor(&[means.len(), COLUMNS], 5, &Device::Cpu));
+        let average = |row: &[f64]| row.iter().sum::<f64>() / COLUMNS as f64;
+        for (row, (x, g)) in shifted.iter().zip(&g).enumerate() {
+            let [x, g] = [x, g].map(|row| row.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>());
+            let mean = average(&x);
+            let variance = average(&x.iter().map(|x| (x - mean).powi(2)).collect::<Vec<_>>());
+            let r = (variance + 1e-5).sqrt().recip();
+            let unit: Vec<f64> = x.iter().map(|x| (x - mean) * r).collect();
+            let (shift, along) =
+                (average(&g), average(&g.iter().zip(&unit).map(|(g, u)| g * u).collect::<Vec<_>>()));
+            for i in 0..COLUMNS {
+                let gradient = r * (g[i] - shift - unit[i] * along);
+                for (got, exact) in [(y[row][i], unit[i]), (dx[row][i], gradient)] {
+                    let error = (f64::from(got) - exact).abs();
+                    assert!(error < 2e-4, "{device:?} mean {}: {got}, {exact}", means[row]);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn constants_get_no_gradient() {
     for device in devices() {
