@@ -32,7 +32,7 @@ use clap::Parser;
 use error::{Error, Result};
 use mimalloc::MiMalloc;
 
-/// As in `wick`, whose options of it the runner sets by environment variables.
+/// As in `wick`. What `wick` tells it by calls, the runner tells it by environment variables.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 

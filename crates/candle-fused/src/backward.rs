@@ -122,7 +122,7 @@ fn accumulate(gradients: &mut HashMap<TensorId, Tensor>, id: TensorId, gradient:
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use candle_core::{DType, Device, Var};
@@ -130,11 +130,11 @@ mod tests {
     use super::*;
     use crate::{Dropout, LoraLinearOptions, Mask, RopeLayout, SoftmaxOptions, view};
 
-    fn tensor(dims: &[usize]) -> Tensor {
+    pub(crate) fn tensor(dims: &[usize]) -> Tensor {
         Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap()
     }
 
-    fn var(dims: &[usize]) -> Var {
+    pub(crate) fn var(dims: &[usize]) -> Var {
         Var::from_tensor(&tensor(dims)).unwrap()
     }
 

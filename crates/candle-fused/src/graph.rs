@@ -48,7 +48,6 @@ pub(crate) trait Backward<const N: usize>: Send + Sync + 'static {
 }
 
 /// How a backward comes to the values of an argument.
-#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reads {
     Directly,
     /// By [`value`].
@@ -449,15 +448,8 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
+    use crate::backward::tests::{tensor, var};
     use crate::{LoraLinearOptions, RopeLayout, SoftmaxOptions, view};
-
-    fn random(dims: &[usize]) -> Tensor {
-        Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap()
-    }
-
-    fn var(dims: &[usize]) -> Var {
-        Var::from_tensor(&random(dims)).unwrap()
-    }
 
     fn is_released(tensor: &Tensor) -> bool {
         matches!(&*tensor.storage_and_layout().0, Storage::Cpu(CpuStorage::U8(bytes)) if bytes.is_empty())
@@ -503,7 +495,7 @@ mod tests {
     #[test]
     fn what_is_released_has_the_same_gradients() {
         let vars = [var(&[5, 8]), var(&[5, 8]), var(&[5, 8]), var(&[2, 8]), var(&[8, 2])];
-        let weight = random(&[8, 8]);
+        let weight = tensor(&[8, 8]);
         let (kept, all) = layer(&vars, &weight, false);
         assert!(all.iter().all(|tensor| !is_released(tensor)));
         let expected = crate::backward(&kept, 1.0).unwrap();
@@ -554,6 +546,6 @@ mod tests {
         let gated = view::reshape(&crate::silu_mul(&norm, &x).unwrap(), (1, 3, 8)).unwrap();
         let (a, b) = (var(&[2, 8]), var(&[8, 2]));
         let options = LoraLinearOptions { scaling: 1.0, dropout: None };
-        kept(&gated, &crate::lora_linear(&gated, &random(&[8, 8]), None, &a, &b, options).unwrap());
+        kept(&gated, &crate::lora_linear(&gated, &tensor(&[8, 8]), None, &a, &b, options).unwrap());
     }
 }

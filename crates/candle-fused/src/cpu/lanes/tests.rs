@@ -26,6 +26,10 @@ macro_rules! with_lanes {
     }};
 }
 
+/// Where streams may write.
+#[repr(align(16))]
+struct Aligned<T>(Piece<T>);
+
 /// Numbers of every kind, in sixteens.
 fn numbers() -> Vec<Piece<f32>> {
     let odd = [
@@ -167,8 +171,6 @@ fn lanes_compute_as_floats_do() {
 
 #[test]
 fn streams_write_what_stores_do() {
-    #[repr(align(16))]
-    struct Aligned<T>(Piece<T>);
     fn check<T: Element, L: Lanes>(isa: Isa) {
         for numbers in numbers() {
             let (mut stored, mut streamed) = (Aligned([T::zero(); LANES]), Aligned([T::zero(); LANES]));
@@ -190,8 +192,6 @@ fn streams_write_what_stores_do() {
 
 #[test]
 fn any_order_is_undone_by_what_writes_again() {
-    #[repr(align(16))]
-    struct Aligned<T>(Piece<T>);
     fn check<T: Element, L: Lanes>(isa: Isa) {
         for numbers in numbers() {
             let mut piece = [T::zero(); LANES];
