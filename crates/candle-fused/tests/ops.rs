@@ -179,8 +179,15 @@ fn lora_over_many_rows() {
         lora_linear(vec![x.clone().frozen(), a.clone(), b, weight.clone(), bias.clone()], None),
         lora_delta(vec![x.clone(), a, window(&[384, 12])], LoraLayout::Peft),
         lora_delta(vec![x.clone(), window(&[512, 12]), arg(&[12, 384])], LoraLayout::Seed),
-        frozen_linear(vec![x, weight, bias]),
+        frozen_linear(vec![x.clone(), weight.clone(), bias.clone()]),
     ];
+    // Ranks whose rows are whole pieces of 16 bytes, which a device may take another way.
+    let whole = [8, 24, 40].into_iter().flat_map(|rank| {
+        let (a, b) = (arg(&[rank, 512]), arg(&[384, rank]));
+        let all = |a: &Arg, b: &Arg| vec![x.clone(), a.clone(), b.clone(), weight.clone(), bias.clone()];
+        [lora_linear(all(&wide(&a), &wide(&b)), None), lora_linear(all(&a, &b)[..4].to_vec(), None)]
+    });
+    let cases: Vec<Case> = cases.into_iter().chain(whole).collect();
     for device in devices() {
         for case in &cases {
             for dtype in DTYPES {

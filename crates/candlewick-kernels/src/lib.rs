@@ -11,6 +11,7 @@ mod column_sum;
 pub mod cross_entropy;
 mod flat;
 pub mod gated;
+pub mod hopper;
 pub mod launch;
 pub mod layer_norm;
 pub mod lora;

@@ -21,6 +21,8 @@ macro_rules! source_file {
     };
 }
 
+pub(crate) use source_file;
+
 const ATTENTION: SourceFile = source_file!("kernels/common/attention.h");
 const CHUNK: SourceFile = source_file!("kernels/common/chunk.h");
 const ROW: SourceFile = source_file!("kernels/common/row.h");

@@ -1,5 +1,5 @@
-//! Every text through NVRTC: to machine code for `sm_90`, and one of each kind to PTX for an old device, with no
-//! header and no warning.
+//! Every text through NVRTC: to machine code for `sm_90` (those for Hopper alone for `sm_90a`), and one of each kind to PTX
+//! for an old device, with no header and no warning.
 //!
 //! NVRTC needs neither a GPU nor a driver. It is looked for in `NVRTC_LIBRARY`, then among the system's libraries,
 //! then where pip's `nvidia-cuda-nvrtc` puts it in a virtual environment that `VIRTUAL_ENV` names or that is active.
@@ -9,6 +9,7 @@
 mod common;
 
 use candlewick_kernels::Target;
+use candlewick_kernels::hopper;
 use libloading::{Library, Symbol};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io::Write;
@@ -120,7 +121,7 @@ fn nvrtc_accepts_every_text() {
         format!("{major}.{minor}")
     };
     let texts = common::texts(Target::Cuda);
-    let failures = common::failures(&texts, |_, text| {
+    let mut failures = common::failures(&texts, |_, text| {
         // Machine code comes by way of PTX; PTX for a device without bf16 instructions takes the dialect's other path,
         // which differs by op and storage alone.
         nvrtc.compile(&text.source, &["--gpu-architecture=sm_90", "--std=c++17"], "nvrtcGetCUBINSize")?;
@@ -132,9 +133,17 @@ fn nvrtc_accepts_every_text() {
     });
     let kinds =
         texts.iter().filter(|text| text.first_of_its_kind && !text.launch.file.needs_matrix_units()).count();
-    let (all, bad) = (texts.len(), failures.len());
+    let specific = hopper::Text::all();
+    for &text in &specific {
+        let options = ["--gpu-architecture=sm_90a", "--std=c++17"];
+        if let Err(log) = nvrtc.compile(&text.source(), &options, "nvrtcGetCUBINSize") {
+            failures.push(format!("{text:?}\n{log}"));
+        }
+    }
+    let (all, special, bad) = (texts.len(), specific.len(), failures.len());
     println!(
-        "NVRTC {version}: {all} texts to sm_90 machine code, {kinds} of them to PTX for sm_75, {bad} rejected"
+        "NVRTC {version}: {all} texts to sm_90 machine code, {kinds} of them to PTX for sm_75, \
+         {special} for sm_90a alone, {bad} rejected"
     );
     assert!(failures.is_empty(), "{}", failures[..failures.len().min(5)].join("\n"));
 }

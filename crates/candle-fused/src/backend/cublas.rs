@@ -3,13 +3,11 @@
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
-use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::cuda_backend::cudarc::driver::DevicePtr;
 use candle_core::cuda_backend::gemm_reduced_precision_f32;
-use candle_core::{CudaDevice, DType, Error, Result, Storage, Tensor, bail};
+use candle_core::{CudaDevice, DType, Error, Result, Tensor, bail};
 
-use super::Place;
+use super::{Place, cuda};
 
 use sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
 use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
@@ -100,50 +98,33 @@ fn queue(
     let blas = device.cublas_handle();
     let stream = device.cuda_stream();
     stream.context().bind_to_thread().map_err(Error::wrap)?;
-    let tensors = [left, right, sum];
-    let storages = tensors.map(|tensor| tensor.storage_and_layout().0);
-    let mut guards = Vec::with_capacity(tensors.len());
-    let mut addresses = Vec::with_capacity(tensors.len());
-    for (tensor, storage) in tensors.iter().zip(&storages) {
-        let Storage::Cuda(storage) = &**storage else { bail!("a product's tensors must be on one device") };
-        let (address, guard) = match &storage.slice {
-            CudaStorageSlice::F32(slice) => slice.device_ptr(&stream),
-            CudaStorageSlice::F16(slice) => slice.device_ptr(&stream),
-            CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream),
-            _ => bail!("a product must be f32, f16 or bf16"),
-        };
-        let offset = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
-        addresses.push((address + offset as u64) as *mut c_void);
-        guards.push(guard);
-    }
-    let &[left_address, right_address, sum_address] = &addresses[..] else {
-        bail!("a product has three matrices")
-    };
-    // SAFETY: the sizes, strides and offsets are those of tensors that are alive until the call returns, and the work is
-    // queued on the stream that everything else on this device is queued on. `sum` is a fresh tensor that only this
-    // product writes. alpha and beta are read before the call returns.
-    unsafe {
-        result::gemm_ex(
-            *blas.handle(),
-            of_right.operation,
-            of_left.operation,
-            int(n)?,
-            int(m)?,
-            int(k)?,
-            ptr::from_ref(&alpha).cast(),
-            right_address,
-            type_of(right.dtype())?,
-            of_right.leading,
-            left_address,
-            type_of(left.dtype())?,
-            of_left.leading,
-            ptr::from_ref(&beta).cast(),
-            sum_address,
-            type_of(sum.dtype())?,
-            int(n)?,
-            compute,
-            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
-        )
-    }
-    .map_err(Error::wrap)
+    cuda::with_addresses(&stream, [left, right, sum], |[left_address, right_address, sum_address]| {
+        // SAFETY: the sizes, strides and offsets are those of tensors that are alive until the call returns, and the work is
+        // queued on the stream that everything else on this device is queued on. `sum` is a fresh tensor that only this
+        // product writes. alpha and beta are read before the call returns.
+        unsafe {
+            result::gemm_ex(
+                *blas.handle(),
+                of_right.operation,
+                of_left.operation,
+                int(n)?,
+                int(m)?,
+                int(k)?,
+                ptr::from_ref(&alpha).cast(),
+                right_address as *const c_void,
+                type_of(right.dtype())?,
+                of_right.leading,
+                left_address as *const c_void,
+                type_of(left.dtype())?,
+                of_left.leading,
+                ptr::from_ref(&beta).cast(),
+                sum_address as *mut c_void,
+                type_of(sum.dtype())?,
+                int(n)?,
+                compute,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            )
+        }
+        .map_err(Error::wrap)
+    })
 }

@@ -6,15 +6,16 @@ use std::ptr;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaModule, CudaStream, DevicePtr, result, sys,
+    CudaFunction, CudaModule, CudaStream, DevicePtr, SyncOnDrop, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
-use candle_core::cuda_backend::{CudaStorageSlice, DeviceId};
-use candle_core::{CudaDevice, Error, Result, Storage as TensorStorage, bail};
+use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, DeviceId};
+use candle_core::{CudaDevice, Error, Result, Storage as TensorStorage, Tensor, bail};
 use candlewick_kernels::{Launch, Target};
 
 use super::gpu::{Argument, Executor, Ready};
-use super::nvrtc;
+use super::hopper::Hopper;
+use super::nvrtc::{self, Code};
 use super::pipelines::{Compiler, Pipelines, Prepared};
 use crate::DeviceError;
 
@@ -31,11 +32,31 @@ pub(super) struct Function {
     max_threads: u32,
 }
 
+impl Function {
+    fn of(module: &Arc<CudaModule>, kernel: &'static str) -> std::result::Result<Self, DeviceError> {
+        let function = module
+            .load_function(kernel)
+            .map_err(|_| DeviceError::UnknownKernel { name: kernel.to_owned() })?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        // SAFETY: the function belongs to a module that `function` keeps loaded.
+        let max_threads =
+            unsafe { result::function::get_function_attribute(function.cu_function(), attribute) }
+                .map_err(|error| rejected(kernel, &error))?;
+        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(kernel, &error))?;
+        Ok(Self { function, max_threads })
+    }
+
+    pub(super) fn cu_function(&self) -> sys::CUfunction {
+        self.function.cu_function()
+    }
+}
+
 /// The kernels of one device.
 #[derive(Default)]
 struct Kernels {
     pipelines: Pipelines<Arc<CudaModule>, Function>,
     prepared: Prepared<Ready<Function>>,
+    hopper: Hopper,
 }
 
 impl Cuda {
@@ -54,10 +75,32 @@ impl Cuda {
         };
         Ok(Self { stream, kernels })
     }
+
+    pub(super) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub(super) fn hopper(&self) -> &Hopper {
+        &self.kernels.hopper
+    }
+
+    /// A kernel whose text is for this device's architecture alone.
+    pub(super) fn specific(
+        &self,
+        kernel: &'static str,
+        text: &str,
+    ) -> std::result::Result<Function, DeviceError> {
+        let refused = |error: &dyn ToString| rejected(kernel, error);
+        let context = self.stream.context();
+        let (major, minor) = context.compute_capability().map_err(|error| refused(&error))?;
+        let image = nvrtc::compile(kernel, text, Code::Specific(major * 10 + minor))?;
+        let module = context.load_module(Ptx::from_binary(image)).map_err(|error| refused(&error))?;
+        Function::of(&module, kernel)
+    }
 }
 
-fn rejected(launch: &Launch, reason: &dyn ToString) -> DeviceError {
-    DeviceError::Pipeline { name: launch.kernel.to_owned(), reason: reason.to_string() }
+fn rejected(kernel: &str, reason: &dyn ToString) -> DeviceError {
+    DeviceError::Pipeline { name: kernel.to_owned(), reason: reason.to_string() }
 }
 
 impl Compiler for Cuda {
@@ -67,7 +110,7 @@ impl Compiler for Cuda {
     /// Machine code for this device, or PTX where the compiler is older than the device.
     fn module(&self, launch: &Launch) -> std::result::Result<Arc<CudaModule>, DeviceError> {
         let (text, context) = (launch.source(Target::Cuda), self.stream.context());
-        let (major, minor) = context.compute_capability().map_err(|error| rejected(launch, &error))?;
+        let (major, minor) = context.compute_capability().map_err(|error| rejected(launch.kernel, &error))?;
         if launch.file.needs_matrix_units() && major < 8 {
             let what = format!("tiles before compute capability 8.0, it has {major}.{minor}");
             return Err(DeviceError::Unsupported { what });
@@ -81,7 +124,7 @@ impl Compiler for Cuda {
                 Err(error) => refused = error.to_string(),
             }
         }
-        Err(rejected(launch, &refused))
+        Err(rejected(launch.kernel, &refused))
     }
 
     fn pipeline(
@@ -89,16 +132,7 @@ impl Compiler for Cuda {
         module: &Arc<CudaModule>,
         launch: &Launch,
     ) -> std::result::Result<Function, DeviceError> {
-        let function = module
-            .load_function(launch.kernel)
-            .map_err(|_| DeviceError::UnknownKernel { name: launch.kernel.to_owned() })?;
-        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-        // SAFETY: the function belongs to a module that `function` keeps loaded.
-        let max_threads =
-            unsafe { result::function::get_function_attribute(function.cu_function(), attribute) }
-                .map_err(|error| rejected(launch, &error))?;
-        let max_threads = u32::try_from(max_threads).map_err(|error| rejected(launch, &error))?;
-        Ok(Function { function, max_threads })
+        Function::of(module, launch.kernel)
     }
 }
 
@@ -143,6 +177,39 @@ pub(super) fn reset_peak_memory(device: &CudaDevice) -> Result<()> {
     unsafe { result::mem_pool::set_attribute(pool, PEAK, (&raw mut now).cast()) }.map_err(Error::wrap)
 }
 
+/// Where a storage begins on the device, and what Candle's driver notes once its use is queued.
+fn address<'a>(storage: &'a TensorStorage, stream: &'a CudaStream) -> Result<(u64, SyncOnDrop<'a>)> {
+    macro_rules! address {
+        ($($dtype:ident),+) => {
+            match storage {
+                $(TensorStorage::Cuda(CudaStorage { slice: CudaStorageSlice::$dtype(slice), .. }) => {
+                    Ok(slice.device_ptr(stream))
+                })+
+                _ => bail!("the tensors of one operation must be on one device"),
+            }
+        };
+    }
+    address!(F32, F16, BF16, U32, I64, U8)
+}
+
+/// Queues what needs the addresses of tensors' first elements.
+pub(super) fn with_addresses<const N: usize, R>(
+    stream: &CudaStream,
+    tensors: [&Tensor; N],
+    queue: impl FnOnce([u64; N]) -> Result<R>,
+) -> Result<R> {
+    let storages = tensors.map(|tensor| tensor.storage_and_layout().0);
+    let mut guards = Vec::with_capacity(N);
+    let mut addresses = [0; N];
+    for ((first, tensor), storage) in addresses.iter_mut().zip(tensors).zip(&storages) {
+        let (address, guard) = address(storage, stream)?;
+        let offset = tensor.layout().start_offset() * tensor.dtype().size_in_bytes();
+        *first = address + offset as u64;
+        guards.push(guard);
+    }
+    queue(addresses)
+}
+
 impl Executor for Cuda {
     type Pipeline = Function;
 
@@ -165,18 +232,7 @@ impl Executor for Cuda {
         let mut guards = Vec::new();
         let mut addresses = Vec::with_capacity(buffers.len());
         for (buffer, storage) in buffers.iter().zip(&storages) {
-            macro_rules! address {
-                ($($dtype:ident),+) => {
-                    match &**storage {
-                        $(TensorStorage::Cuda(storage) if matches!(storage.slice, CudaStorageSlice::$dtype(_)) => {
-                            let CudaStorageSlice::$dtype(slice) = &storage.slice else { continue };
-                            slice.device_ptr(&self.stream)
-                        })+
-                        _ => bail!("the tensors of one operation must be on one device"),
-                    }
-                };
-            }
-            let (address, guard) = address!(F32, F16, BF16, U32, I64, U8);
+            let (address, guard) = address(storage, &self.stream)?;
             addresses.push(address + buffer.offset as u64);
             if tracks {
                 guards.push(guard);
@@ -195,7 +251,7 @@ impl Executor for Cuda {
             // stream that all of the device's work is queued on, so that nothing frees or reads them out of order.
             unsafe {
                 result::launch_kernel(
-                    function.function.cu_function(),
+                    function.cu_function(),
                     (x, y, z),
                     (launch.threads, 1, 1),
                     0,

@@ -12,6 +12,8 @@ mod cuda;
 #[cfg(any(test, feature = "cuda"))]
 mod disk_cache;
 pub(crate) mod gpu;
+#[cfg(feature = "cuda")]
+mod hopper;
 #[cfg(all(target_os = "macos", feature = "custom-metal"))]
 mod metal;
 #[cfg(feature = "cuda")]
@@ -272,6 +274,16 @@ pub(crate) enum Place {
     Onto(Tensor),
 }
 
+impl Place {
+    /// Onto the bias in each of `n` rows, or a tensor of its own in this dtype.
+    pub(crate) fn of_rows(n: usize, bias: Option<&Tensor>, dtype: DType) -> Result<Self> {
+        match bias {
+            Some(bias) => Ok(Self::Onto(bias.detach().broadcast_left(n)?.force_contiguous()?)),
+            None => Ok(Self::Fresh(dtype)),
+        }
+    }
+}
+
 /// `scale·left·right` of matrices of one dtype, and what is in its place, rounded once, where [`fewest_for_products`]
 /// has an answer.
 pub(crate) fn product_onto(left: &Tensor, right: &Tensor, scale: f32, place: Place) -> Result<Tensor> {
@@ -285,4 +297,35 @@ pub(crate) fn product_onto(left: &Tensor, right: &Tensor, scale: f32, place: Pla
             candle_core::bail!("{:?} has no products that add", other.location())
         }
     }
+}
+
+/// `left·right + l·r + bias` for `left [n, in]`, `right [in, out]`, `l [n, r]` and `r [r, out]` of one dtype, where
+/// [`fewest_for_products`] has an answer: by one kernel that rounds once, where the device has one that serves.
+pub(crate) fn sum_of_products(
+    [left, right]: [&Tensor; 2],
+    [l, r]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = left.device()
+        && let Some(sum) = hopper::sum_of_products(device, [left, right], [l, r], bias)?
+    {
+        return Ok(sum);
+    }
+    let low = product_onto(l, r, 1.0, Place::of_rows(left.dim(0)?, bias, left.dtype())?)?;
+    product_onto(left, right, 1.0, Place::Onto(low))
+}
+
+/// `scale·g·b [n, r]` in the dtype of `g`, and `gᵀ·h [out, r]` in `factor`, for `g [n, out]`, `b [out, r]` and `h [n, r]`, where
+/// [`fewest_for_products`] has an answer: by one pass over `g`, where the device has a kernel for it that serves.
+pub(crate) fn low_rank_gradient([g, b, h]: [&Tensor; 3], scale: f32, factor: DType) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = g.device()
+        && let Some(both) = hopper::low_rank_gradient(device, [g, b, h], scale, factor)?
+    {
+        return Ok(both);
+    }
+    let e = product_onto(g, b, scale, Place::Fresh(g.dtype()))?;
+    // g has just been read: some of it is still in the cache.
+    Ok([e, product_onto(&g.t()?, h, 1.0, Place::Fresh(factor))?])
 }

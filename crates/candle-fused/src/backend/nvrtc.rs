@@ -12,6 +12,8 @@ use crate::DeviceError;
 pub(super) enum Code {
     /// Machine code of this architecture, as in `sm_90`.
     Machine(c_int),
+    /// Machine code of this architecture with what no later one has, as in `sm_90a`.
+    Specific(c_int),
     /// The virtual architecture's, as in `compute_90`, which the driver translates when it loads it.
     Virtual(c_int),
 }
@@ -20,6 +22,7 @@ impl Code {
     fn option(self) -> String {
         match self {
             Self::Machine(arch) => format!("--gpu-architecture=sm_{arch}"),
+            Self::Specific(arch) => format!("--gpu-architecture=sm_{arch}a"),
             Self::Virtual(arch) => format!("--gpu-architecture=compute_{arch}"),
         }
     }
@@ -96,7 +99,7 @@ impl Program {
             return Err(failed(kernel, &format!("{error}\n{}", String::from_utf8_lossy(&log))));
         }
         let image = match code {
-            Code::Machine(_) => self.cubin(),
+            Code::Machine(_) | Code::Specific(_) => self.cubin(),
             Code::Virtual(_) => self.ptx(),
         };
         image.map_err(|error| failed(kernel, &error.to_string()))

@@ -12,7 +12,9 @@ use candle_core::{DType, Result, Tensor};
 use candlewick_kernels::lora::{Lora as Plans, LoraGradients};
 
 use super::low_rank::LowRank;
-use crate::backend::{Attempt, Place, fewest_for_products, gpu, product_onto};
+use crate::backend::{
+    Attempt, Place, fewest_for_products, gpu, low_rank_gradient, product_onto, sum_of_products,
+};
 
 /// Whether these are the way for `x [n, in]`, `a [r, in]` and `b [out, r]`.
 pub(super) fn serve(x: &Tensor, a: &Tensor, b: &Tensor) -> bool {
@@ -53,17 +55,9 @@ fn masked_in_place(mask: Option<&Mask>, x: Tensor) -> Attempt<Tensor> {
     Ok(gpu::run_in_place(&[&x], &[x.shape()], gpu::kept(*plans, Plans::mask))?.take()?)
 }
 
-/// Where a product of `n` rows in this dtype goes: onto the bias in each of them, or into a tensor of its own.
-fn place(bias: Option<&Tensor>, n: usize, dtype: DType) -> Result<Place> {
-    match bias {
-        Some(bias) => Ok(Place::Onto(bias.detach().broadcast_left(n)?.force_contiguous()?)),
-        None => Ok(Place::Fresh(dtype)),
-    }
-}
-
 /// `left·right + bias`, of matrices that are not empty.
 pub(super) fn base(left: &Tensor, right: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    product_onto(left, right, 1.0, place(bias, left.dim(0)?, left.dtype())?)
+    product_onto(left, right, 1.0, Place::of_rows(left.dim(0)?, bias, left.dtype())?)
 }
 
 /// The result `[n, out]`, and `h`.
@@ -76,11 +70,12 @@ pub(super) fn forward(
     let mask = Mask::of(call, [x, a, b])?;
     let scale = call.scaling * factor(mask.as_ref());
     let h = product_onto(&masked(mask.as_ref(), x)?, &a.to_dtype(dtype)?.t()?, scale, Place::Fresh(dtype))?;
-    let y = base(&h, &b.to_dtype(dtype)?.t()?, bias)?;
-    match &call.weight {
-        Some(weight) => Ok((product_onto(x, &weight.t()?, 1.0, Place::Onto(y))?, h)),
-        None => Ok((y, h)),
-    }
+    let b = b.to_dtype(dtype)?.t()?;
+    let y = match &call.weight {
+        Some(weight) => sum_of_products([x, &weight.t()?], [&h, &b], bias)?,
+        None => base(&h, &b, bias)?,
+    };
+    Ok((y, h))
 }
 
 /// `scale·left·right`, of the dtype of the matrix whose gradient it is, and lying as that does.
@@ -104,25 +99,30 @@ pub(super) fn gradients(
     let mask = Mask::of(call, [x, a, b])?;
     let (mask, kept) = (mask.as_ref(), factor(mask.as_ref()));
     let mut gradients = [None, None, None];
-    let e = if wanted.x || wanted.a {
-        Some(product_onto(grad, &b.to_dtype(dtype)?, call.scaling, Place::Fresh(dtype))?)
+    let few = b.to_dtype(dtype)?;
+    let wants_e = wanted.x || wanted.a;
+    let e = if wants_e && wanted.b && b.is_contiguous() {
+        let [e, db] = low_rank_gradient([grad, &few, h], call.scaling, b.dtype())?;
+        gradients[2] = Some(db);
+        Some(e)
     } else {
-        None
+        if wanted.b {
+            gradients[2] = Some(like(b, &grad.t()?, h, 1.0)?);
+        }
+        let e = || product_onto(grad, &few, call.scaling, Place::Fresh(dtype));
+        wants_e.then(e).transpose()?
     };
-    if wanted.b {
-        // The gradient has just been read: some of it is still in the cache.
-        gradients[2] = Some(like(b, &grad.t()?, h, 1.0)?);
-    }
     let Some(e) = e else { return Ok(gradients) };
     if wanted.a {
         gradients[1] = Some(like(a, &e.t()?, &masked(mask, x)?, kept)?);
     }
     if wanted.x {
-        let dx = product_onto(&e, &a.to_dtype(dtype)?, kept, Place::Fresh(dtype))?;
-        let dx = masked_in_place(mask, dx)?;
+        let a = a.to_dtype(dtype)?;
+        let low = || masked_in_place(mask, product_onto(&e, &a, kept, Place::Fresh(dtype))?);
         gradients[0] = Some(match &call.weight {
-            Some(weight) => product_onto(grad, weight, 1.0, Place::Onto(dx))?,
-            None => dx,
+            Some(weight) if mask.is_none() => sum_of_products([grad, weight], [&e, &a], None)?,
+            Some(weight) => product_onto(grad, weight, 1.0, Place::Onto(low()?))?,
+            None => low()?,
         });
     }
     Ok(gradients)
