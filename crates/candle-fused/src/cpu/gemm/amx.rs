@@ -4,8 +4,8 @@
 //! A register is up to 16 rows of 64 bytes. The packed right matrix is what it wants as it is: a pair of steps a row, 16
 //! columns of pairs. The left matrix is read where it lies.
 //!
-//! The unit is configured and released in one block of instructions: nothing of it outlives a tile, so that threads are
-//! switched, and other libraries find it, as if nobody had used it.
+//! A thread configures the unit for a piece of work ([`begin`]) and releases it when that is done ([`end`]), so that others
+//! find it as if nobody had used it. For each tile this would take a sixth of the time.
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
@@ -57,28 +57,59 @@ impl Configuration {
 
 static WHOLE: Configuration = Configuration::of([16, 16]);
 
+/// Configures the unit for whole tiles.
+///
 /// # Safety
-/// That of [`PairTileFn`](super::kernel::PairTileFn), for all [`SIDE`] columns; [`is_usable`] has said yes.
+/// [`is_usable`] has said yes, and nothing but [`tile`] uses the unit on this thread until [`end`].
+pub(super) unsafe fn begin() {
+    // SAFETY: the caller's promise.
+    unsafe { configure(&WHOLE) };
+}
+
+/// Releases the unit.
+///
+/// # Safety
+/// The unit is usable, and this thread's.
+pub(super) unsafe fn end() {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+}
+
+/// # Safety
+/// The unit is usable, and nothing in its registers is needed.
+unsafe fn configure(configuration: &Configuration) {
+    // SAFETY: the caller's promise; 64 bytes are read.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(configuration), options(nostack, readonly));
+    }
+}
+
+/// # Safety
+/// That of [`PairTileFn`](super::kernel::PairTileFn), for all [`SIDE`] columns; after [`begin`].
 pub(super) unsafe fn tile(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32) {
+    if tile.rows == SIDE {
+        // SAFETY: the caller's promise.
+        return unsafe { configured(tile, HALF, left, right, out) };
+    }
     // With few rows both halves are the same rows, computed twice.
-    let (first, lower, size) = if tile.rows > HALF {
-        (HALF, HALF, [HALF, tile.rows - HALF])
-    } else {
-        (0, 0, [tile.rows, tile.rows])
-    };
-    let partial;
-    let configuration = if tile.rows == SIDE {
-        &WHOLE
-    } else {
-        partial = Configuration::of(size.map(|rows| u8::try_from(rows).unwrap_or(16)));
-        &partial
-    };
+    let first = if tile.rows > HALF { HALF } else { 0 };
+    let size = [if first > 0 { HALF } else { tile.rows }, tile.rows - first];
+    let partial = Configuration::of(size.map(|rows| u8::try_from(rows).unwrap_or(16)));
+    // SAFETY: the unit is configured, so it is usable, and no register's content outlives a tile.
+    unsafe {
+        configure(&partial);
+        configured(tile, first, left, right, out);
+        configure(&WHOLE);
+    }
+}
+
+/// The tile, whose lower half begins at row `first`, with the unit configured for both.
+///
+/// # Safety
+/// That of [`tile`].
+unsafe fn configured(tile: &Tile, first: usize, left: *const u16, right: *const u32, out: *mut f32) {
     let (blocks, rest) = (tile.k / STEPS, tile.k % STEPS);
-    let sums = Sums {
-        configuration,
-        out: [out, out.wrapping_add(lower * tile.out_stride)],
-        stride: tile.out_stride,
-    };
+    let sums = Sums { out: [out, out.wrapping_add(first * tile.out_stride)], stride: tile.out_stride };
     if blocks > 0 {
         let left =
             Left { halves: [left, left.wrapping_add(first * tile.row_stride)], stride: tile.row_stride };
@@ -114,26 +145,25 @@ struct Left {
 }
 
 /// A tile's sums in memory, by halves.
-struct Sums<'a> {
-    configuration: &'a Configuration,
+struct Sums {
     out: [*mut f32; 2],
     stride: usize,
 }
 
-impl Sums<'_> {
+impl Sums {
     /// Adds `blocks` blocks of steps to the sums, or writes them there.
     ///
     /// # Safety
-    /// At least one block; each half's rows, as many as its configuration says, have the blocks' steps, and `right` has
-    /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to. The unit is
-    /// usable.
+    /// At least one block; the unit is configured; each half's rows, as many as the configuration says, have the blocks' steps, and `right` has
+    /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to.
     unsafe fn add(&self, left: &Left, right: *const u32, blocks: usize, accumulate: bool) {
-        // SAFETY: registers are loaded from and stored to what the caller promises, and released before anybody else's
-        // instruction.
+        // SAFETY: registers are loaded from and stored to what the caller promises.
         unsafe {
             asm!(
-                // It also zeroes all registers.
-                "ldtilecfg [{configuration}]",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "test {accumulate}, {accumulate}",
                 "jz 2f",
                 "tileloadd tmm0, [{upper} + {out_stride} * 1]",
@@ -158,8 +188,6 @@ impl Sums<'_> {
                 "tilestored [{upper} + {out_stride} * 1 + 64], tmm1",
                 "tilestored [{lower} + {out_stride} * 1], tmm2",
                 "tilestored [{lower} + {out_stride} * 1 + 64], tmm3",
-                "tilerelease",
-                configuration = in(reg) std::ptr::from_ref(self.configuration),
                 accumulate = in(reg) usize::from(accumulate),
                 upper = in(reg) self.out[0],
                 lower = in(reg) self.out[1],

@@ -53,6 +53,8 @@ pub(super) struct Pairs {
     pub halves: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
+    /// Comes before a thread's tiles, and after them.
+    pub around: [unsafe fn(); 2],
     pub tile: PairTileFn,
 }
 
@@ -80,7 +82,13 @@ impl Kernel {
                 columns: 32,
                 halves: true,
                 tile: x86::avx512,
-                pairs: Some(Pairs { rows: 12, halves: true, steps: STEPS, tile: x86::avx512_pairs }),
+                pairs: Some(Pairs {
+                    rows: 12,
+                    halves: true,
+                    steps: STEPS,
+                    around: [|| {}, || {}],
+                    tile: x86::avx512_pairs,
+                }),
             },
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Isa::Amx => Self {
@@ -88,9 +96,15 @@ impl Kernel {
                 columns: amx::SIDE,
                 halves: true,
                 tile: x86::avx512,
-                // The longer a piece, the fewer times sums are loaded and stored; a packed panel of it fills the
-                // first-level cache.
-                pairs: Some(Pairs { rows: amx::SIDE, halves: false, steps: 2 * STEPS, tile: amx::tile }),
+                // The longer a piece, the fewer times sums are loaded and stored. Its panels come from the second-level
+                // cache, which keeps up.
+                pairs: Some(Pairs {
+                    rows: amx::SIDE,
+                    halves: false,
+                    steps: 4 * STEPS,
+                    around: [amx::begin, amx::end],
+                    tile: amx::tile,
+                }),
             },
             _ => Self {
                 rows: plain::ROWS,

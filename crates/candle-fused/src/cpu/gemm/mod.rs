@@ -42,8 +42,10 @@ const STEPS: usize = 256;
 const COLUMNS: usize = 256;
 /// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
 const ROWS: usize = 96;
-/// Rows of a 16-bit result that one task sums up in f32.
-const ROUNDED_ROWS: usize = 512;
+/// Rows of a 16-bit result that are summed up in f32 at a time: whole tiles of every kind.
+const ROUNDED_ROWS: usize = 5 * ROWS;
+/// Words of packed pieces that are kept for a task's next rows.
+const PACKED: usize = 1 << 18;
 /// Columns of one task where there are few rows.
 const FEW_COLUMNS: usize = 128;
 /// Multiplications that are worth waking another thread.
@@ -182,7 +184,7 @@ fn write<T: Element>(
     let work = m * n * terms.iter().map(|term| term.left.columns).sum::<usize>();
     let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
     let out = Shared(to.as_mut_ptr().cast::<T>());
-    let tasks = tasks(kernel, [m, n], threads, as_f32(out.0).is_none());
+    let tasks = tasks(kernel, [m, n], threads);
     let run = |scratch: &mut Scratch, (rows, columns): (Range<usize>, Range<usize>)| {
         // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
         unsafe { sum.task(rows, columns, &out, scratch) };
@@ -251,12 +253,7 @@ struct Scratch {
 }
 
 /// The blocks of the result.
-fn tasks(
-    kernel: Kernel,
-    [m, n]: [usize; 2],
-    threads: usize,
-    rounded: bool,
-) -> Vec<(Range<usize>, Range<usize>)> {
+fn tasks(kernel: Kernel, [m, n]: [usize; 2], threads: usize) -> Vec<(Range<usize>, Range<usize>)> {
     let panels = n.div_ceil(kernel.columns);
     let wanted = if threads == 1 { 1 } else { 2 * threads };
     let mut across = panels.div_ceil((COLUMNS / kernel.columns).max(1));
@@ -271,10 +268,7 @@ fn tasks(
         _ => kernel.rows,
     };
     let groups = m.div_ceil(tall);
-    let mut down = wanted.div_ceil(across).min(groups.div_ceil(4));
-    if rounded {
-        down = down.max(m.div_ceil(ROUNDED_ROWS));
-    }
+    let down = wanted.div_ceil(across).min(groups.div_ceil(4));
     let cut = |parts: usize, units: usize, size: usize, end: usize| {
         (0..parts).map(move |i| (i * units / parts * size)..((i + 1) * units / parts * size).min(end))
     };
@@ -375,21 +369,45 @@ impl Sum<'_> {
             }
             return;
         }
-        scratch.sums.clear();
-        scratch.sums.reserve(rows.len() * width);
-        let sums = scratch.sums.as_mut_ptr();
-        // SAFETY: `sums` has room for the block, all of which is written by one or the other.
-        unsafe {
-            let begun = self.begin(rows.clone(), columns.clone(), sums, width);
-            self.block(rows.clone(), columns, sums, width, begun, &mut scratch.packed);
-            scratch.sums.set_len(rows.len() * width);
+        // Packed once for all rows, where it fits beside their sums.
+        let pieces: Vec<Piece> = self.pieces(columns.len()).collect();
+        let size = pieces.iter().map(|piece| piece.size).sum::<usize>();
+        let at_once = size <= PACKED && rows.len() > ROUNDED_ROWS;
+        if at_once {
+            let mut to = room(&mut scratch.packed, size);
+            for piece in &pieces {
+                let (panels, rest) = to.split_at_mut(piece.size);
+                self.pack(piece, columns.clone(), panels);
+                to = rest;
+            }
         }
-        for (i, sums) in scratch.sums.chunks_exact(width.max(1)).enumerate() {
-            // SAFETY: a row of the block.
-            let to = unsafe {
-                std::slice::from_raw_parts_mut(first.add(i * self.n).cast::<MaybeUninit<T>>(), width)
-            };
-            round(self.isa, sums, to);
+        for rows in parts(rows.clone(), ROUNDED_ROWS) {
+            scratch.sums.clear();
+            scratch.sums.reserve(rows.len() * width);
+            let sums = scratch.sums.as_mut_ptr();
+            // SAFETY: `sums` has room for the rows, all of which is written by one or the other.
+            unsafe {
+                let mut begun = self.begin(rows.clone(), columns.clone(), sums, width);
+                if at_once {
+                    let mut packed = &scratch.packed[..];
+                    for piece in &pieces {
+                        let (panels, rest) = packed.split_at(piece.size);
+                        self.piece((piece, panels), rows.clone(), width, sums, width, begun);
+                        (packed, begun) = (rest, true);
+                    }
+                } else {
+                    self.block(rows.clone(), columns.clone(), sums, width, begun, &mut scratch.packed);
+                }
+                scratch.sums.set_len(rows.len() * width);
+            }
+            for (i, sums) in rows.zip(scratch.sums.chunks_exact(width.max(1))) {
+                // SAFETY: a row of the block.
+                let to = unsafe {
+                    let to = out.0.add(i * self.n + columns.start);
+                    std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<T>>(), width)
+                };
+                round(self.isa, sums, to);
+            }
         }
     }
 
@@ -432,30 +450,39 @@ impl Sum<'_> {
         packed: &mut Vec<f32>,
     ) {
         let mut accumulate = begun;
-        for term in self.terms {
+        for piece in self.pieces(columns.len()) {
+            let panels = room(packed, piece.size);
+            self.pack(&piece, columns.clone(), panels);
+            // SAFETY: the caller's promise.
+            unsafe { self.piece((&piece, panels), rows.clone(), columns.len(), out, stride, accumulate) };
+            accumulate = true;
+        }
+    }
+
+    /// The pieces of all products for a block of so many columns, in the order of the sum.
+    fn pieces(&self, columns: usize) -> impl Iterator<Item = Piece<'_>> {
+        let padded = columns.next_multiple_of(self.kernel.columns);
+        self.terms.iter().flat_map(move |term| {
             let pairs = self.kernel.pairs.filter(|_| takes_pairs(self.kernel.pairs, term));
             let k = term.left.columns;
-            let pieces = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
-            for piece in 0..pieces {
-                // Of even length, so that pairs stay together.
-                let cut = |i: usize| (i * k.div_ceil(2) / pieces * 2).min(k);
-                let steps = cut(piece)..cut(piece + 1);
+            let count = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
+            // Of even length, so that pairs stay together.
+            let cut = move |i: usize| (i * k.div_ceil(2) / count * 2).min(k);
+            (0..count).map(move |i| {
+                let steps = cut(i)..cut(i + 1);
                 let words = if pairs.is_some() { steps.len().div_ceil(2) } else { steps.len() };
-                let size = words * columns.len().next_multiple_of(self.kernel.columns);
-                if packed.len() < size {
-                    packed.resize(size, 0.0);
-                }
-                let (width, to) = (self.kernel.columns, &mut packed[..size]);
-                if pairs.is_some() {
-                    pack::pack_pairs(self.isa, &term.right, steps.clone(), columns.clone(), width, to);
-                } else {
-                    pack::pack(self.isa, &term.right, steps.clone(), columns.clone(), width, to);
-                }
-                let piece = Piece { left: &term.left, pairs, steps, words, packed: to };
-                // SAFETY: the caller's promise.
-                unsafe { self.piece(&piece, rows.clone(), columns.len(), out, stride, accumulate) };
-                accumulate = true;
-            }
+                Piece { term, pairs, steps, words, size: words * padded }
+            })
+        })
+    }
+
+    /// Packs a piece's part of the right matrix.
+    fn pack(&self, piece: &Piece, columns: Range<usize>, to: &mut [f32]) {
+        let (right, steps, width) = (&piece.term.right, piece.steps.clone(), self.kernel.columns);
+        if piece.pairs.is_some() {
+            pack::pack_pairs(self.isa, right, steps, columns, width, to);
+        } else {
+            pack::pack(self.isa, right, steps, columns, width, to);
         }
     }
 
@@ -465,7 +492,7 @@ impl Sum<'_> {
     /// That of [`Sum::block`].
     unsafe fn piece(
         &self,
-        piece: &Piece,
+        (piece, panels): (&Piece, &[f32]),
         rows: Range<usize>,
         columns: usize,
         out: *mut f32,
@@ -474,16 +501,19 @@ impl Sum<'_> {
     ) {
         let wide = self.kernel.columns;
         let tall = piece.pairs.map_or(self.kernel.rows, |pairs| pairs.rows);
+        let [begin, end] = piece.pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
+        // SAFETY: the tiles between are on this thread, and are all that uses what this prepares.
+        unsafe { begin() };
         for first in rows.clone().step_by(ROWS) {
-            for (j, panel) in piece.packed.chunks_exact(piece.words * wide).enumerate() {
+            for (j, panel) in panels.chunks_exact(piece.words * wide).enumerate() {
                 let count = wide.min(columns - j * wide);
                 for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
                     let tile = Tile {
                         rows: tall.min(rows.end - i),
                         columns: count,
                         k: piece.steps.len(),
-                        row_stride: piece.left.row_stride,
-                        column_stride: piece.left.column_stride,
+                        row_stride: piece.term.left.row_stride,
+                        column_stride: piece.term.left.column_stride,
                         out_stride: stride,
                         accumulate,
                     };
@@ -495,6 +525,8 @@ impl Sum<'_> {
                 }
             }
         }
+        // SAFETY: after the last tile.
+        unsafe { end() };
     }
 
     /// One tile, by way of a buffer where it has fewer columns than are computed.
@@ -528,11 +560,12 @@ impl Sum<'_> {
     /// # Safety
     /// `out` has all columns that are computed in each of the tile's rows, initialised if it accumulates.
     unsafe fn run(&self, piece: &Piece, tile: &Tile, row: usize, panel: &[f32], out: *mut f32) {
-        let start = piece.left.index(row, piece.steps.start);
+        let left = &piece.term.left;
+        let start = left.index(row, piece.steps.start);
         // SAFETY: the left matrix's elements lie within its data, those of these rows and steps too; the panel has the
         // steps' packed columns; the caller promises the rest.
         unsafe {
-            match (piece.left.data, piece.pairs) {
+            match (left.data, piece.pairs) {
                 (Data::F32(data), _) => {
                     (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out);
                 }
@@ -545,12 +578,27 @@ impl Sum<'_> {
     }
 }
 
-/// A packed piece of the common dimension, and the left matrix beside it.
+/// A piece of the common dimension of one product.
 struct Piece<'a> {
-    left: &'a Matrix<'a>,
+    term: &'a Product<'a>,
     pairs: Option<Pairs>,
     steps: Range<usize>,
     /// Packed steps: as many, or half of them in pairs.
     words: usize,
-    packed: &'a [f32],
+    /// Words of all panels.
+    size: usize,
+}
+
+/// The first `size` words of what is there, or of what is made.
+fn room(packed: &mut Vec<f32>, size: usize) -> &mut [f32] {
+    if packed.len() < size {
+        packed.resize(size, 0.0);
+    }
+    &mut packed[..size]
+}
+
+/// A range in parts of `size`.
+fn parts(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(size).map(move |first| first..end.min(first + size))
 }

@@ -220,3 +220,27 @@ fn the_loops_stay_within_their_matrices() {
         }
     }
 }
+
+/// More rows than are summed up at a time: the packed pieces of both products serve all of them, or are packed again where
+/// they do not fit.
+#[test]
+fn a_rounded_result_of_many_rows_is_exact() {
+    let m = 2 * ROUNDED_ROWS + 7;
+    for (n, k) in [(5, 33), (70, 1100), (40, 4200)] {
+        let (left, right) = (Stored::new([m, k], Lies::Rows, 1), Stored::new([k, n], Lies::Columns, 2));
+        let (more_left, more_right) =
+            (Stored::new([m, 3], Lies::Rows, 3), Stored::new([3, n], Lies::Rows, 4));
+        let row: Vec<f32> = (0..n).map(value).collect();
+        let terms = [(&left, &right), (&more_left, &more_right)];
+        let sum = exact(|_, j| f64::from(value(j)), &terms, [m, n]);
+        for isa in instruction_sets() {
+            for at in 0..3 {
+                let products = terms
+                    .map(|(left, right)| Product { left: left.matrices()[at], right: right.matrices()[at] });
+                check(isa, &format!("{at}"), [m, n], Start::Row(&row), &products, &sum, |x| {
+                    bf16::from_f32(x as f32)
+                });
+            }
+        }
+    }
+}
