@@ -9,7 +9,7 @@ use super::cpu::spread;
 use crate::cpu::dispatch;
 use crate::cpu::gemm::{Data, Matrix, PARALLEL, Product, Start, sum_of_products};
 use crate::cpu::lanes::Element;
-use crate::cpu::low_rank::{Backward, Block, Delta, ROWS, Rows};
+use crate::cpu::low_rank::{Backward, Block, Delta, Inner, ROWS, Rows};
 
 /// Reads tensors of two dimensions where they lie, whatever their strides.
 pub(crate) fn with_matrices<const N: usize, R>(
@@ -78,6 +78,31 @@ pub(crate) fn low_rank(x: Matrix, a: Matrix, b: Matrix, scaling: f32) -> Result<
     Ok((y, Tensor::from_vec(h, (n, rank), &Device::Cpu)?))
 }
 
+/// `scaling·x·Aᵀ` in f32 for `x [n, in]` and `A [r, in]`: the `h` of [`low_rank`].
+pub(crate) fn low_rank_inner(x: Matrix, a: Matrix, scaling: f32) -> Result<Vec<f32>> {
+    let delta = Delta { a: &a.panels(), b: &[], rank: a.rows, inputs: a.columns, outputs: 0, scaling };
+    match in_rows(&x)? {
+        (Data::F32(data), stride) => Ok(inner_of(delta, Rows { data, stride }, x.rows)),
+        (Data::F16(data), stride) => Ok(inner_of(delta, Rows { data, stride }, x.rows)),
+        (Data::BF16(data), stride) => Ok(inner_of(delta, Rows { data, stride }, x.rows)),
+    }
+}
+
+fn inner_of<T: Element>(delta: Delta, x: Rows<T>, n: usize) -> Vec<f32> {
+    let mut h = vec![0f32; n * delta.rank];
+    let rows = rows_of_a_task(n);
+    let blocks = h.chunks_mut(rows * delta.rank).enumerate().collect();
+    spread(blocks, n * delta.inputs * delta.rank >= PARALLEL, |(), (i, h)| {
+        dispatch::vectorise(dispatch::isa(), Inner { delta, x: x.after(i * rows), h });
+    });
+    h
+}
+
+/// Enough tasks for the threads to end together, else as many rows as share what is read of the factors.
+fn rows_of_a_task(n: usize) -> usize {
+    ROWS * (n / (16 * ROWS)).clamp(1, 4)
+}
+
 /// A matrix's elements from its first one on, and the distance between its rows.
 fn in_rows<'a>(matrix: &Matrix<'a>) -> Result<(Data<'a>, usize)> {
     match matrix.in_rows() {
@@ -91,13 +116,12 @@ fn in_rows<'a>(matrix: &Matrix<'a>) -> Result<(Data<'a>, usize)> {
 fn rows_of<T: Element>(delta: Delta, x: Rows<T>, n: usize, h: &mut [f32]) -> Result<Tensor> {
     let Delta { rank, inputs, outputs, .. } = delta;
     let mut y: Vec<T> = Vec::with_capacity(n * outputs);
-    // Enough tasks for the threads to end together, else as many rows as share what is read of B.
-    let rows = ROWS * (n / (16 * ROWS)).clamp(1, 4);
+    let rows = rows_of_a_task(n);
     let blocks =
         h.chunks_mut(rows * rank).zip(y.spare_capacity_mut()[..n * outputs].chunks_mut(rows * outputs));
     let blocks = blocks.enumerate().map(|(i, (h, y))| (i * rows, h, y)).collect();
     spread(blocks, n * (inputs + outputs) * rank >= PARALLEL, |(), (first, h, y)| {
-        dispatch::vectorise(dispatch::isa(), Block { delta, x: x.after(first), h, y });
+        dispatch::vectorise(dispatch::isa(), Block { inner: Inner { delta, x: x.after(first), h }, y });
     });
     // SAFETY: within the capacity; the blocks partition the rows, and each writes all of its own.
     unsafe { y.set_len(n * outputs) };

@@ -96,12 +96,33 @@ impl<'a, T: Element> Rows<'a, T> {
     }
 }
 
-/// Some rows of a product.
-pub(crate) struct Block<'a, T> {
+/// `h = scaling·x·Aᵀ` for some rows of a product.
+pub(crate) struct Inner<'a, T> {
     pub(crate) delta: Delta<'a>,
     pub(crate) x: Rows<'a, T>,
     /// `[rows, rank]`
     pub(crate) h: &'a mut [f32],
+}
+
+impl<T: Element> Vectorised for Inner<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { delta: Delta { a, rank, inputs, scaling, .. }, x, h } = self;
+        let mut room = x.room(inputs);
+        let mut sums = vec![[0f32; LANES]; ROWS * rank];
+        for (block, h) in h.chunks_mut(ROWS * rank).enumerate() {
+            let count = h.len() / rank;
+            let rows = x.wide::<L>([block * ROWS, count, inputs], &mut room);
+            contract::<L>(&rows[..count], a, rank, scaling, &mut sums, h);
+        }
+    }
+}
+
+/// Some rows of a product.
+pub(crate) struct Block<'a, T> {
+    pub(crate) inner: Inner<'a, T>,
     /// `[rows, outputs]`
     pub(crate) y: &'a mut [MaybeUninit<T>],
 }
@@ -111,17 +132,9 @@ impl<T: Element> Vectorised for Block<'_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { delta: Delta { a, b, rank, inputs, outputs, scaling }, x, h, y } = self;
-        let mut room = x.room(inputs);
-        let mut sums = vec![[0f32; LANES]; ROWS * rank];
-        let count = h.len() / rank.max(1);
-        for first in (0..count).step_by(ROWS) {
-            let count = ROWS.min(count - first);
-            let rows = x.wide::<L>([first, count, inputs], &mut room);
-            let h = &mut h[first * rank..(first + count) * rank];
-            contract::<L>(&rows[..count], a, rank, scaling, &mut sums, h);
-        }
-        expand_all::<L, T>(h, b, [rank, outputs], y);
+        let Self { inner: Inner { delta, x, h }, y } = self;
+        Inner { delta, x, h: &mut *h }.run::<L>();
+        expand_all::<L, T>(h, delta.b, [delta.rank, delta.outputs], y);
     }
 }
 

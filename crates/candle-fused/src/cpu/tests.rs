@@ -15,7 +15,7 @@ use super::dispatch::{Isa, Vectorised, instruction_sets, vectorise};
 use super::gemm::Matrix;
 use super::guarded::Guarded;
 use super::lanes::{Element, Lanes, Piece};
-use super::low_rank::{Backward, Block, Delta, Rows};
+use super::low_rank::{Backward, Block, Delta, Inner, Rows};
 use super::rows::{self, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
 use crate::ops::lora_linear::Dropout;
@@ -294,7 +294,8 @@ fn low_rank_products_stay_within_their_matrices() {
         let delta = Delta { a: a_panels.get(), b: b_panels.get(), rank, inputs, outputs, scaling: 0.5 };
         let mut h = Guarded::new(&vec![0f32; count * rank]);
         let mut y = Guarded::new(&vec![MaybeUninit::new(untouched::<T>()); count * outputs]);
-        vectorise(isa, Block { delta, x: Rows { data: x.get(), stride }, h: h.get_mut(), y: y.get_mut() });
+        let inner = Inner { delta, x: Rows { data: x.get(), stride }, h: h.get_mut() };
+        vectorise(isa, Block { inner, y: y.get_mut() });
         let exact = |i: usize, k: usize| {
             let dot =
                 (0..inputs).map(|j| x.get()[i * stride + j].to_f64() * f64::from(a.get()[k * inputs + j]));

@@ -354,15 +354,21 @@ impl Kernel for Forward<'_> {
         let (input, weight, dtype) = (call.dropped(x)?, call.weight.as_ref(), x.dtype());
         let matrices = [x, input.as_ref().unwrap_or(x), a, b, weight.unwrap_or(b)];
         with_matrices(matrices, |[x, dropped, a, b, weight_matrix]| {
-            let x = Left::new(x);
-            let left = if input.is_some() { dropped } else { x.wide() };
-            let dims = [left.rows, a.rows];
-            let mut h = sum_of_products::<f32>(dims, Start::Zero, &[Product { left, right: a.t() }]);
-            for h in &mut h {
-                *h *= call.scaling;
-            }
-            let right = weight_matrix.t();
-            let base = weight.map(|_| Product { left: x.beside(&right), right });
+            let (left, right, dims) = (Left::new(x), weight_matrix.t(), [x.rows, a.rows]);
+            let narrow = input.is_none() && weight.is_some() && left.stays_narrow(&right);
+            let h = if narrow && low_rank_serves(self.x, self.b) {
+                // Nothing else wants x in f32.
+                products::low_rank_inner(x, a, call.scaling)?
+            } else {
+                let input = if input.is_some() { dropped } else { left.wide() };
+                let product = Product { left: input, right: a.t() };
+                let mut h = sum_of_products::<f32>(dims, Start::Zero, &[product]);
+                for h in &mut h {
+                    *h *= call.scaling;
+                }
+                h
+            };
+            let base = weight.map(|_| Product { left: left.beside(&right), right });
             let low = Product { left: Matrix::of_rows(&h, dims)?, right: b.t() };
             let products: Vec<_> = base.into_iter().chain([low]).collect();
             let y = product(dtype, [dims[0], b.rows], start, &products)?;

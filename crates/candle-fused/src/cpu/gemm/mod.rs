@@ -26,6 +26,7 @@ mod tests;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use candle_core::DType;
 use rayon::prelude::*;
@@ -277,35 +278,40 @@ fn tasks(kernel: Kernel, [m, n]: [usize; 2], threads: usize) -> Vec<(Range<usize
         .collect()
 }
 
-/// A left matrix for several products, widened once.
+/// A left matrix for several products, widened once, when the first of them needs it.
 pub(crate) struct Left<'a> {
     stored: Matrix<'a>,
-    wide: Option<Vec<f32>>,
+    wide: OnceLock<Vec<f32>>,
 }
 
 impl<'a> Left<'a> {
     pub(crate) fn new(stored: Matrix<'a>) -> Self {
-        let readable =
-            matches!(stored.data, Data::F32(_)) && (stored.row_stride == 1 || stored.column_stride == 1);
-        Self { stored, wide: (!readable).then(|| along(stored).0.to_f32()) }
+        Self { stored, wide: OnceLock::new() }
     }
 
     /// In f32.
     pub(crate) fn wide(&self) -> Matrix<'_> {
-        let (stored, turned) = along(self.stored);
-        let wide =
-            self.wide.as_ref().and_then(|wide| Matrix::of_rows(wide, [stored.rows, stored.columns]).ok());
-        match wide {
-            Some(wide) if turned => wide.t(),
-            Some(wide) => wide,
-            None => self.stored,
+        let readable = self.stored.row_stride == 1 || self.stored.column_stride == 1;
+        if readable && matches!(self.stored.data, Data::F32(_)) {
+            return self.stored;
         }
+        let (stored, turned) = along(self.stored);
+        let wide = self.wide.get_or_init(|| stored.to_f32());
+        match Matrix::of_rows(wide, [stored.rows, stored.columns]) {
+            Ok(wide) if turned => wide.t(),
+            Ok(wide) => wide,
+            Err(_) => self.stored,
+        }
+    }
+
+    /// Whether the product with this right matrix reads it as it is, in 16 bits.
+    pub(crate) fn stays_narrow(&self, right: &Matrix) -> bool {
+        takes_pairs(Kernel::of(dispatch::isa()).pairs, &Product { left: self.stored, right: *right })
     }
 
     /// As the product with this right matrix reads it best.
     pub(crate) fn beside(&self, right: &Matrix) -> Matrix<'_> {
-        let stored = Product { left: self.stored, right: *right };
-        if takes_pairs(Kernel::of(dispatch::isa()).pairs, &stored) { self.stored } else { self.wide() }
+        if self.stays_narrow(right) { self.stored } else { self.wide() }
     }
 }
 
