@@ -187,7 +187,14 @@ fn lora_over_many_rows() {
         let all = |a: &Arg, b: &Arg| vec![x.clone(), a.clone(), b.clone(), weight.clone(), bias.clone()];
         [lora_linear(all(&wide(&a), &wide(&b)), None), lora_linear(all(&a, &b)[..4].to_vec(), None)]
     });
-    let cases: Vec<Case> = cases.into_iter().chain(whole).collect();
+    let apart = vec![
+        x.clone(),
+        arg(&[16, 512]),
+        arg(&[384, 16]),
+        weight.clone(),
+        arg(&[384]).lies(Lies::Transposed).frozen(),
+    ];
+    let cases: Vec<Case> = cases.into_iter().chain(whole).chain([lora_linear(apart, None)]).collect();
     for device in devices() {
         for case in &cases {
             for dtype in DTYPES {

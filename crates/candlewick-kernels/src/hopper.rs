@@ -247,8 +247,11 @@ impl LowRankGradient {
     const AT_ONCE: usize = 2;
     /// Parts of B's gradient at most: each is written, and read again.
     const MOST_PARTS: usize = 32;
+    /// Floats of parts of `e` at most: what a second-level cache of 50 MB holds beside the rest.
+    const MOST_FLOATS: usize = 8 << 20;
 
-    /// The launches. `None` where they do not serve: another type, too high a rank, rows that tiles cannot have.
+    /// The launches. `None` where they do not serve: another type, too high a rank, rows that tiles cannot have, or more parts
+    /// than a cache holds.
     #[must_use]
     pub fn launches(&self, multiprocessors: usize) -> Option<GradientPass> {
         let Self { rows, columns, rank, storage, factor, scale } = *self;
@@ -264,6 +267,9 @@ impl LowRankGradient {
         }
         let tile = BOX as usize;
         let across = columns.div_ceil(Self::PART_COLUMNS);
+        if across * rows * room > Self::MOST_FLOATS {
+            return None;
+        }
         let down = (Self::AT_ONCE * multiprocessors / across).clamp(1, Self::MOST_PARTS);
         let rows_of_part = rows.div_ceil(down).next_multiple_of(tile);
         let down = rows.div_ceil(rows_of_part);
@@ -357,7 +363,7 @@ mod tests {
 
     #[test]
     fn a_gradients_rows_are_parted_in_whole_tiles() {
-        for (rows, columns) in [(1, 8), (64, 256), (65, 264), (1000, 520), (8192, 512), (8192, 14336)] {
+        for (rows, columns) in [(1, 8), (64, 256), (65, 264), (1000, 520), (8192, 512), (8192, 7168)] {
             for rank in [8, 16, 24, 32] {
                 let pass = gradient(rows, columns, rank).launches(MULTIPROCESSORS).unwrap();
                 let [across, down] = pass.pass.threadgroups.map(|count| count as usize);
@@ -371,6 +377,8 @@ mod tests {
                 assert!(pass.sum.threadgroups[0] as usize * 128 * 4 >= (rows + columns) * rank);
             }
         }
+        assert!(gradient(8192, 14336, 16).launches(MULTIPROCESSORS).is_some());
+        assert!(gradient(8192, 14336, 32).launches(MULTIPROCESSORS).is_none());
         assert!(gradient(64, 256, 40).launches(MULTIPROCESSORS).is_none());
         assert!(gradient(64, 256, 12).launches(MULTIPROCESSORS).is_none());
         assert!(gradient(0, 256, 16).launches(MULTIPROCESSORS).is_none());

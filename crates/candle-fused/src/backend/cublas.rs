@@ -7,33 +7,20 @@ use candle_core::cuda_backend::cudarc::cublas::{result, sys};
 use candle_core::cuda_backend::gemm_reduced_precision_f32;
 use candle_core::{CudaDevice, DType, Error, Result, Tensor, bail};
 
-use super::{Place, cuda};
+use super::Place;
+use super::cuda::{self, Lies};
 
 use sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
 use sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-
-/// How a matrix lies, as cuBLAS sees it: columns first. A row-major matrix is its own transpose there.
-struct Lies {
-    operation: sys::cublasOperation_t,
-    leading: c_int,
-}
 
 fn int(size: usize) -> Result<c_int> {
     c_int::try_from(size).map_err(Error::wrap)
 }
 
 impl Lies {
-    /// `None` where neither the rows nor the columns of the matrix lie in one piece.
-    fn of(matrix: &Tensor) -> Result<Option<Self>> {
-        let ((rows, columns), &[row, column]) = (matrix.dims2()?, matrix.stride()) else { return Ok(None) };
-        let (operation, leading) = if column == 1 && (row >= columns || rows == 1) {
-            (CUBLAS_OP_N, row.max(columns))
-        } else if row == 1 && (column >= rows || columns == 1) {
-            (CUBLAS_OP_T, column.max(rows))
-        } else {
-            return Ok(None);
-        };
-        Ok(Some(Self { operation, leading: int(leading)? }))
+    /// As cuBLAS sees it: columns first. A row-major matrix is its own transpose there.
+    fn operation(&self) -> sys::cublasOperation_t {
+        if self.in_rows { CUBLAS_OP_N } else { CUBLAS_OP_T }
     }
 }
 
@@ -105,18 +92,18 @@ fn queue(
         unsafe {
             result::gemm_ex(
                 *blas.handle(),
-                of_right.operation,
-                of_left.operation,
+                of_right.operation(),
+                of_left.operation(),
                 int(n)?,
                 int(m)?,
                 int(k)?,
                 ptr::from_ref(&alpha).cast(),
                 right_address as *const c_void,
                 type_of(right.dtype())?,
-                of_right.leading,
+                int(of_right.stride)?,
                 left_address as *const c_void,
                 type_of(left.dtype())?,
-                of_left.leading,
+                int(of_left.stride)?,
                 ptr::from_ref(&beta).cast(),
                 sum_address as *mut c_void,
                 type_of(sum.dtype())?,

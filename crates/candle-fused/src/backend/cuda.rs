@@ -33,7 +33,10 @@ pub(super) struct Function {
 }
 
 impl Function {
-    fn of(module: &Arc<CudaModule>, kernel: &'static str) -> std::result::Result<Self, DeviceError> {
+    pub(super) fn of(
+        module: &Arc<CudaModule>,
+        kernel: &'static str,
+    ) -> std::result::Result<Self, DeviceError> {
         let function = module
             .load_function(kernel)
             .map_err(|_| DeviceError::UnknownKernel { name: kernel.to_owned() })?;
@@ -84,18 +87,17 @@ impl Cuda {
         &self.kernels.hopper
     }
 
-    /// A kernel whose text is for this device's architecture alone.
+    /// A text that is for this device's architecture alone, compiled.
     pub(super) fn specific(
         &self,
         kernel: &'static str,
         text: &str,
-    ) -> std::result::Result<Function, DeviceError> {
+    ) -> std::result::Result<Arc<CudaModule>, DeviceError> {
         let refused = |error: &dyn ToString| rejected(kernel, error);
         let context = self.stream.context();
         let (major, minor) = context.compute_capability().map_err(|error| refused(&error))?;
         let image = nvrtc::compile(kernel, text, Code::Specific(major * 10 + minor))?;
-        let module = context.load_module(Ptx::from_binary(image)).map_err(|error| refused(&error))?;
-        Function::of(&module, kernel)
+        context.load_module(Ptx::from_binary(image)).map_err(|error| refused(&error))
     }
 }
 
@@ -208,6 +210,28 @@ pub(super) fn with_addresses<const N: usize, R>(
         guards.push(guard);
     }
     queue(addresses)
+}
+
+/// How a matrix lies whose rows, or whose columns, are in one piece each.
+pub(super) struct Lies {
+    /// Whether rows are.
+    pub(super) in_rows: bool,
+    /// From one to the next.
+    pub(super) stride: usize,
+}
+
+impl Lies {
+    /// `None` where neither are.
+    pub(super) fn of(matrix: &Tensor) -> Result<Option<Self>> {
+        let ((rows, columns), &[row, column]) = (matrix.dims2()?, matrix.stride()) else { return Ok(None) };
+        if column == 1 && (row >= columns || rows == 1) {
+            Ok(Some(Self { in_rows: true, stride: row.max(columns) }))
+        } else if row == 1 && (column >= rows || columns == 1) {
+            Ok(Some(Self { in_rows: false, stride: column.max(rows) }))
+        } else {
+            Ok(None)
+        }
+    }
 }
 
 impl Executor for Cuda {

@@ -4,15 +4,15 @@
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaModule, CudaStream, result, sys};
 use candle_core::{CudaDevice, DType, Error, Result, Tensor, bail};
 use candlewick_kernels::hopper::{
     COMPUTE_CAPABILITY, GradientPass, Launch, LowRankGradient, ROW_ALIGNMENT, SumOfProducts, Text, Tiled,
 };
 
-use super::cuda::{self, Cuda, Function};
+use super::cuda::{self, Cuda, Function, Lies};
 use super::{DeviceKind, gpu};
 use crate::{DeviceError, telemetry};
 
@@ -20,10 +20,11 @@ use crate::{DeviceError, telemetry};
 #[derive(Default)]
 pub(super) struct Hopper {
     multiprocessors: OnceLock<Option<usize>>,
-    functions: Mutex<HashMap<(Text, &'static str), Compiled>>,
+    modules: Mutex<HashMap<Text, Compiled<Arc<CudaModule>>>>,
+    functions: Mutex<HashMap<(Text, &'static str), Compiled<Function>>>,
 }
 
-type Compiled = std::result::Result<Function, DeviceError>;
+type Compiled<T> = std::result::Result<T, DeviceError>;
 
 impl Hopper {
     /// The device's multiprocessors, if the kernels are for it.
@@ -39,15 +40,22 @@ impl Hopper {
     }
 
     /// The kernel of a launch, compiled before or now. What was refused once is refused again.
-    fn function(&self, cuda: &Cuda, launch: &Launch) -> Compiled {
+    fn function(&self, cuda: &Cuda, launch: &Launch) -> Compiled<Function> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = functions.entry((launch.text, launch.kernel)).or_insert_with(|| compile(cuda, launch));
-        known.clone()
+        let made = || {
+            let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+            let module = || cuda.specific(launch.kernel, &launch.text.source());
+            function(
+                modules.entry(launch.text).or_insert_with(module).as_ref().map_err(Clone::clone)?,
+                launch,
+            )
+        };
+        functions.entry((launch.text, launch.kernel)).or_insert_with(made).clone()
     }
 }
 
-fn compile(cuda: &Cuda, launch: &Launch) -> Compiled {
-    let function = cuda.specific(launch.kernel, &launch.text.source())?;
+fn function(module: &Arc<CudaModule>, launch: &Launch) -> Compiled<Function> {
+    let function = Function::of(module, launch.kernel)?;
     let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     let refused = |error: &dyn ToString| DeviceError::Pipeline {
         name: launch.kernel.to_owned(),
@@ -60,33 +68,17 @@ fn compile(cuda: &Cuda, launch: &Launch) -> Compiled {
     Ok(function)
 }
 
-/// A matrix whose rows, or whose columns, lie in one piece.
-struct Lies {
-    turned: bool,
-    /// From one row, or column, to the next.
-    stride: usize,
+/// How a matrix lies, if tiles can have it: where it and its rows, or columns, begin at whole pieces of 16 bytes.
+fn lies(matrix: &Tensor) -> Result<Option<Lies>> {
+    let bytes = matrix.dtype().size_in_bytes();
+    let aligned = |at: usize| (at * bytes).is_multiple_of(ROW_ALIGNMENT);
+    let lies = Lies::of(matrix)?;
+    Ok(lies.filter(|lies| aligned(lies.stride) && aligned(matrix.layout().start_offset())))
 }
 
-impl Lies {
-    /// `None` where tiles cannot have it: neither lies in one piece, or one begins where no tile's row can.
-    fn of(matrix: &Tensor) -> Result<Option<Self>> {
-        let ((rows, columns), &[row, column]) = (matrix.dims2()?, matrix.stride()) else { return Ok(None) };
-        let lies = if column == 1 && row >= columns {
-            Self { turned: true, stride: row }
-        } else if row == 1 && column >= rows {
-            Self { turned: false, stride: column }
-        } else {
-            return Ok(None);
-        };
-        let bytes = matrix.dtype().size_in_bytes();
-        let aligned = [lies.stride, matrix.layout().start_offset()];
-        Ok(aligned.iter().all(|at| (at * bytes).is_multiple_of(ROW_ALIGNMENT)).then_some(lies))
-    }
-
-    /// From one row to the next, where rows lie in one piece.
-    fn of_rows(matrix: &Tensor) -> Result<Option<usize>> {
-        Ok(Self::of(matrix)?.filter(|lies| lies.turned).map(|lies| lies.stride))
-    }
+/// From one row to the next, where tiles can have rows.
+fn row_stride(matrix: &Tensor) -> Result<Option<usize>> {
+    Ok(lies(matrix)?.filter(|lies| lies.in_rows).map(|lies| lies.stride))
 }
 
 /// A matrix to take in tiles: the address of its first value, and the distance between its rows in memory, in values.
@@ -161,8 +153,9 @@ unsafe fn queue(
     parameters.push(launch.params.as_ptr().cast_mut().cast());
     let [x, y] = launch.threadgroups;
     // SAFETY: `parameters` are one address for each of the kernel's arguments, in order, all alive until the call returns,
-    // which copies them. The kernels stay inside of their matrices: the units for tiles do by themselves. The work is
-    // queued on the stream that all of the device's work is queued on.
+    // which copies them. The kernels stay inside of their matrices: the units for tiles do by themselves, and what is at an
+    // address is read and written below the sizes in the parameters. The work is queued on the stream that all of the
+    // device's work is queued on.
     unsafe {
         result::launch_kernel(
             function.cu_function(),
@@ -201,20 +194,21 @@ pub(super) fn sum_of_products(
     let ((rows, inner), (columns, rank), dtype) = (left.dims2()?, (right.dim(1)?, l.dim(1)?), left.dtype());
     let same = [right, l, r].into_iter().chain(bias).all(|tensor| tensor.dtype() == dtype);
     let shapes = [(right, [inner, columns]), (l, [rows, rank]), (r, [rank, columns])];
-    let bias_fits = bias.is_none_or(|bias| bias.dims() == [columns] && bias.is_contiguous());
+    let bias_fits = bias.is_none_or(|bias| bias.dims() == [columns]);
     if !same || !bias_fits || shapes.iter().any(|(matrix, dims)| matrix.dims() != dims) {
         bail!("no sum of {:?}·{:?} and {:?}·{:?}", left.shape(), right.shape(), l.shape(), r.shape());
     }
-    let (Some(left_stride), Some(l_stride)) = (Lies::of_rows(left)?, Lies::of_rows(l)?) else {
+    let (Some(left_stride), Some(l_stride)) = (row_stride(left)?, row_stride(l)?) else {
         return Ok(None);
     };
-    let (Some(of_right), Some(of_r)) = (Lies::of(right)?, Lies::of(r)?) else { return Ok(None) };
+    let (Some(of_right), Some(of_r)) = (lies(right)?, lies(r)?) else { return Ok(None) };
     // The bias is read in pairs.
-    let paired = bias.is_none_or(|bias| bias.layout().start_offset().is_multiple_of(2));
-    if of_right.turned != of_r.turned || !paired || !matches!(dtype, DType::F16 | DType::BF16) {
+    let paired = |bias: &Tensor| bias.is_contiguous() && bias.layout().start_offset().is_multiple_of(2);
+    let paired = bias.is_none_or(paired);
+    if of_right.in_rows != of_r.in_rows || !paired || !matches!(dtype, DType::F16 | DType::BF16) {
         return Ok(None);
     }
-    let (storage, turned) = (gpu::storage(left)?, of_right.turned);
+    let (storage, turned) = (gpu::storage(left)?, of_right.in_rows);
     let plan = SumOfProducts { rows, columns, inner, rank, storage, turned, bias: bias.is_some() };
     let Some(launch) = plan.launch(multiprocessors) else { return Ok(None) };
     let Some(function) = warned(launch.kernel, cuda.hopper().function(&cuda, &launch)) else {
@@ -254,7 +248,7 @@ pub(super) fn low_rank_gradient(
     if shapes.iter().any(|(matrix, dims)| matrix.dims() != dims || matrix.dtype() != dtype) {
         bail!("no gradient of {:?} for {:?} and {:?}", g.shape(), b.shape(), h.shape());
     }
-    let strides = (Lies::of_rows(g)?, Lies::of_rows(b)?, Lies::of_rows(h)?);
+    let strides = (row_stride(g)?, row_stride(b)?, row_stride(h)?);
     let (Some(g_stride), Some(b_stride), Some(h_stride)) = strides else { return Ok(None) };
     let (storage, factor_storage) = match (dtype, factor) {
         (DType::F16 | DType::BF16, DType::F32) => (gpu::storage(g)?, candlewick_kernels::Storage::F32),

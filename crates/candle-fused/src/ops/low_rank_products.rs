@@ -1,8 +1,9 @@
 //! LoRA on a device whose products add to what is there ([`product_onto`]).
 //!
-//! The base product is bound by arithmetic and the rest by memory, so the rest makes the fewest passes: `y` is written
-//! once as `h·Bᵀ`, and the base product adds itself to it, reading it while it multiplies; `dx = e·A` likewise. Kernels
-//! of our own for the thin products would read and write the same bytes.
+//! The base product is bound by arithmetic and the rest by memory, so the rest makes the fewest passes. Where the device has
+//! kernels for it (`sum_of_products`, `low_rank_gradient`: Hopper), the update is part of the base product's sum, and one
+//! pass over the gradient serves both that need it. Elsewhere `y` is written once as `h·Bᵀ`, and the base product adds
+//! itself to it, reading it while it multiplies; `dx = e·A` likewise.
 //!
 //! Factors, `h` and `e` are in the dtype of `x`: f32 factors beside a bf16 `x`, whose range they share, are rounded for
 //! the products. Sums are f32, and the factors' gradients are rounded to their own dtype. Dropout takes a pass of its own,
@@ -99,17 +100,16 @@ pub(super) fn gradients(
     let mask = Mask::of(call, [x, a, b])?;
     let (mask, kept) = (mask.as_ref(), factor(mask.as_ref()));
     let mut gradients = [None, None, None];
-    let few = b.to_dtype(dtype)?;
     let wants_e = wanted.x || wanted.a;
     let e = if wants_e && wanted.b && b.is_contiguous() {
-        let [e, db] = low_rank_gradient([grad, &few, h], call.scaling, b.dtype())?;
+        let [e, db] = low_rank_gradient([grad, &b.to_dtype(dtype)?, h], call.scaling, b.dtype())?;
         gradients[2] = Some(db);
         Some(e)
     } else {
         if wanted.b {
             gradients[2] = Some(like(b, &grad.t()?, h, 1.0)?);
         }
-        let e = || product_onto(grad, &few, call.scaling, Place::Fresh(dtype));
+        let e = || product_onto(grad, &b.to_dtype(dtype)?, call.scaling, Place::Fresh(dtype));
         wants_e.then(e).transpose()?
     };
     let Some(e) = e else { return Ok(gradients) };

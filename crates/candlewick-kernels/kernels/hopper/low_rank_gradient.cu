@@ -7,8 +7,8 @@
 // for the tiles of g and h; a team of four multiplies: 64 rows with the 256 rows of B that are here, which gives a part of
 // these rows' e, and the transposes of the tiles with h, whose sum is a part of these columns' d.
 //
-// Memory. g once. The parts of e take 2·RANK/256 of g's bytes, once there and once back, in the second-level cache;
-// those of d less. low_rank_gradient_sum adds them up in their order: same inputs, same bits.
+// Memory. g once. The parts of e take 2·RANK/256 of g's bytes, once there and once back, from the second-level cache where
+// they fit; those of d less. low_rank_gradient_sum adds them up in their order: same inputs, same bits.
 //
 // Ranks come in chunks of UNIT, up to RANK; what is beyond `rank` is zero, and the sums leave it out.
 
@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS + SIMDGROUP_SIZE)
         }
         products_end();
         products_done<0u>();
+        UNROLL for (uint chunk = 0u; chunk < CHUNKS; chunk++) sums_are_there(e[chunk]);
         if (threadIdx.x == 0u) barrier_arrive(room.empty(turn.place));
         DEVICE float* to = e_parts + ulong(blockIdx.x) * p.rows * RANK;
         UNROLL for (uint chunk = 0u; chunk < CHUNKS; chunk++)
@@ -135,6 +136,7 @@ extern "C" __global__ void __launch_bounds__(TEAM_THREADS + SIMDGROUP_SIZE)
     UNROLL for (uint box = 0u; box < BOXES; box++) {
         UNROLL for (uint chunk = 0u; chunk < CHUNKS; chunk++) {
             const uint column = first_column + box * BOX + own_row;
+            sums_are_there(d[box][chunk]);
             keep(to, column, p.columns, chunk * UNIT + own_column, d[box][chunk], 1.0f);
         }
     }

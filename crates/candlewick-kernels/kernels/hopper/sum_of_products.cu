@@ -218,6 +218,7 @@ extern "C" __global__ void __launch_bounds__((1u + TEAMS) * TEAM_THREADS, 1) __c
                 turn.next(STAGES);
             }
             products_done<0u>();
+            sums_are_there(d);
             if (thread < CLUSTER) barrier_arrive_at(room.empty(before), thread);
             UNROLL for (uint box = 0u; box < PART_COLUMNS / BOX; box++) {
                 const uint to = room.results(team) + box % 2u * BOX_BYTES;

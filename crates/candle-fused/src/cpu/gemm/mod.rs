@@ -3,8 +3,8 @@
 //! The way is that of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008). The result is
 //! cut into blocks of columns, one task each (and into blocks of rows where there are few columns). A task takes the
 //! common dimension in pieces; it packs its part of the right matrix, which then stays in the second-level cache, and
-//! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied: it is packed
-//! once for all rows of the task, and forgotten. Nothing is kept between calls.
+//! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied, for all
+//! rows of the task (of a 16-bit result for some rows after the other, once if it is small), and then forgotten. Nothing is kept between calls.
 //!
 //! 16-bit right matrices are widened as they are packed; a 16-bit left matrix is widened whole beforehand, unless the
 //! processor multiplies bf16 pairs (AMX or `AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
@@ -306,7 +306,8 @@ impl<'a> Left<'a> {
 
     /// Whether the product with this right matrix reads it as it is, in 16 bits.
     pub(crate) fn stays_narrow(&self, right: &Matrix) -> bool {
-        takes_pairs(Kernel::of(dispatch::isa()).pairs, &Product { left: self.stored, right: *right })
+        let product = Product { left: self.stored, right: *right };
+        self.stored.rows > dot::ROWS && takes_pairs(Kernel::of(dispatch::isa()).pairs, &product)
     }
 
     /// As the product with this right matrix reads it best.
