@@ -365,7 +365,8 @@ mod tests {
             [257, 248, 520, 72],
             [1000, 520, 328, 24],
             [2062, 384, 512, 40],
-            [8192, 264, 136, 8],
+            // More parts than clusters.
+            [5000, 1032, 136, 8],
         ];
         for [rows, columns, inner, rank] in shapes {
             for dtype in [DType::F16, DType::BF16] {

@@ -154,8 +154,9 @@ impl Sums {
     /// Adds `blocks` blocks of steps to the sums, or writes them there.
     ///
     /// # Safety
-    /// At least one block; the unit is configured; each half's rows, as many as the configuration says, have the blocks' steps, and `right` has
-    /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to.
+    /// At least one block; the unit is configured; each half's rows, as many as the configuration says, have the blocks'
+    /// steps, and `right` has them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are
+    /// added to.
     unsafe fn add(&self, left: &Left, right: *const u32, blocks: usize, accumulate: bool) {
         // SAFETY: registers are loaded from and stored to what the caller promises.
         unsafe {

@@ -53,7 +53,7 @@ pub(super) struct Pairs {
     pub halves: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
-    /// Comes before a thread's tiles, and after them.
+    /// What a thread calls before its tiles, and after them, while nothing else uses what they prepare.
     pub around: [unsafe fn(); 2],
     pub tile: PairTileFn,
 }

@@ -3,8 +3,9 @@
 //! The way is that of Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008). The result is
 //! cut into blocks of columns, one task each (and into blocks of rows where there are few columns). A task takes the
 //! common dimension in pieces; it packs its part of the right matrix, which then stays in the second-level cache, and
-//! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied, for all
-//! rows of the task (of a 16-bit result for some rows after the other, once if it is small), and then forgotten. Nothing is kept between calls.
+//! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied: once for all
+//! rows of the task (a large one of a 16-bit result for some rows after the other), and then it is forgotten. Nothing is
+//! kept between calls.
 //!
 //! 16-bit right matrices are widened as they are packed; a 16-bit left matrix is widened whole beforehand, unless the
 //! processor multiplies bf16 pairs (AMX or `AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
@@ -20,6 +21,7 @@
 pub(super) mod amx;
 mod dot;
 mod kernel;
+mod left;
 mod matrix;
 mod pack;
 #[cfg(test)]
@@ -27,7 +29,6 @@ mod tests;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use candle_core::DType;
 use rayon::prelude::*;
@@ -36,6 +37,8 @@ use super::dispatch::{self, Isa, Vectorised};
 use super::lanes::{Element, Lanes};
 use super::rows::{load_part, store_part};
 use kernel::{Kernel, Pairs, Tile};
+pub(crate) use left::Left;
+use left::{lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 
 /// Steps of the common dimension in one piece.
@@ -277,72 +280,6 @@ fn tasks(kernel: Kernel, [m, n]: [usize; 2], threads: usize) -> Vec<(Range<usize
     cut(across, panels, kernel.columns, n)
         .flat_map(|columns| cut(down, groups, tall, m).map(move |rows| (rows, columns.clone())))
         .collect()
-}
-
-/// A left matrix for several products, widened once, when the first of them needs it.
-pub(crate) struct Left<'a> {
-    stored: Matrix<'a>,
-    wide: OnceLock<Vec<f32>>,
-}
-
-impl<'a> Left<'a> {
-    pub(crate) fn new(stored: Matrix<'a>) -> Self {
-        Self { stored, wide: OnceLock::new() }
-    }
-
-    /// In f32.
-    pub(crate) fn wide(&self) -> Matrix<'_> {
-        let readable = self.stored.row_stride == 1 || self.stored.column_stride == 1;
-        if readable && matches!(self.stored.data, Data::F32(_)) {
-            return self.stored;
-        }
-        let (stored, turned) = along(self.stored);
-        let wide = self.wide.get_or_init(|| stored.to_f32());
-        match Matrix::of_rows(wide, [stored.rows, stored.columns]) {
-            Ok(wide) if turned => wide.t(),
-            Ok(wide) => wide,
-            Err(_) => self.stored,
-        }
-    }
-
-    /// Whether the product with this right matrix reads it as it is, in 16 bits.
-    pub(crate) fn stays_narrow(&self, right: &Matrix) -> bool {
-        let product = Product { left: self.stored, right: *right };
-        self.stored.rows > dot::ROWS && takes_pairs(Kernel::of(dispatch::isa()).pairs, &product)
-    }
-
-    /// As the product with this right matrix reads it best.
-    pub(crate) fn beside(&self, right: &Matrix) -> Matrix<'_> {
-        if self.stays_narrow(right) { self.stored } else { self.wide() }
-    }
-}
-
-/// The matrix, or its transpose where that lies in rows; whether it is that.
-fn along(matrix: Matrix) -> (Matrix, bool) {
-    let turned = matrix.row_stride == 1 && matrix.column_stride != 1;
-    (if turned { matrix.t() } else { matrix }, turned)
-}
-
-/// Whether a product is one of bf16 pairs.
-fn takes_pairs(pairs: Option<Pairs>, Product { left, right }: &Product) -> bool {
-    pairs.is_some()
-        && matches!((left.data, right.data), (Data::BF16(_), Data::BF16(_)))
-        && left.column_stride == 1
-}
-
-/// The left matrices as the kernels read them, widened where they cannot.
-fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Option<Left<'a>>> {
-    let left = |product: &Product<'a>| (!takes_pairs(kernel.pairs, product)).then(|| Left::new(product.left));
-    products.iter().map(left).collect()
-}
-
-/// The products with these left matrices.
-fn terms<'a>(products: &[Product<'a>], lefts: &'a [Option<Left<'a>>]) -> Vec<Product<'a>> {
-    let term = |(product, left): (&Product<'a>, &'a Option<Left<'a>>)| Product {
-        left: left.as_ref().map_or(product.left, Left::wide),
-        right: product.right,
-    };
-    products.iter().zip(lefts).map(term).collect()
 }
 
 /// What all tasks of one sum share.
