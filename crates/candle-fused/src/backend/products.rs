@@ -5,11 +5,11 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, ba
 use candlewick_kernels::lora::LoraGradients;
 use half::{bf16, f16};
 
-use super::cpu::spread;
 use crate::cpu::dispatch;
 use crate::cpu::gemm::{Data, Matrix, PARALLEL, Product, Start, sum_of_products};
 use crate::cpu::lanes::Element;
 use crate::cpu::low_rank::{Backward, Block, Delta, Inner, ROWS, Rows};
+use crate::cpu::spread::spread;
 
 /// Reads tensors of two dimensions where they lie, whatever their strides.
 pub(crate) fn with_matrices<const N: usize, R>(

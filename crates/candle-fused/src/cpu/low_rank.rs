@@ -2,17 +2,19 @@
 //! other.
 //!
 //! The rows of a block stay in the second-level cache between the products; each is read from memory once. Where rows
-//! are multiplied with factors, the lanes run along both: a tile of [`TALL`] rows and [`WIDE`] ranks has its sums in
+//! are multiplied with factors, the lanes run along both: a tile of some rows and some ranks has its sums in
 //! registers. Where factors are added up, the lanes run along the row of the result, [`HIGH`] rows at once, which share
 //! what is read of the factors. Both times some columns' factors are taken for all rows, from the first-level cache:
 //! they lie in panels of [`LANES`] columns, rank by rank, because whole rows, a power of two apart, would evict each other.
-//! Where rows are added up, the lanes run along them, for [`RANKS`] ranks at once, which share what is read of the rows.
+//! Where rows are added up, the lanes run along them, for some ranks at once, which share what is read of the rows.
+//! How many sums there are at a time, the number of registers decides ([`Lanes::REGISTERS`]): each waits for the one before.
 //!
 //! Results are stored by way of the cache, however large: stores past it keep the arithmetic beside them waiting.
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::dispatch::Vectorised;
 use super::lanes::{Element, LANES, Lanes, Piece, Room, as_room};
@@ -20,12 +22,10 @@ use super::rows::{Out, load_part, map, store_part};
 
 /// Rows of a block.
 pub(crate) const ROWS: usize = 12;
-const TALL: usize = 3;
-const WIDE: usize = 2;
 /// Rows of a result whose sums are in registers at a time.
 const HIGH: usize = 6;
-/// Ranks whose sums are in registers at a time.
-const RANKS: usize = 4;
+/// Registers for which the larger tiles are.
+const MANY: usize = 32;
 /// Pieces of the factors that are taken for all rows: half of a first-level cache of 32 KiB.
 const STRETCH: usize = 256;
 
@@ -203,16 +203,10 @@ fn contract<L: Lanes>(
     for (stretch, factors) in factors.chunks(panels * rank).enumerate() {
         let start = stretch * panels * LANES;
         let columns = start..(start + panels * LANES).min(width);
-        for (rows, sums) in rows.chunks(TALL).zip(sums.chunks_mut(TALL * rank)) {
-            match *rows {
-                [a] => tiles::<L, 1>([&a[columns.clone()]], factors, rank, sums),
-                [a, b] => tiles::<L, 2>([&a[columns.clone()], &b[columns.clone()]], factors, rank, sums),
-                [a, b, c] => {
-                    let x = [&a[columns.clone()], &b[columns.clone()], &c[columns.clone()]];
-                    tiles::<L, 3>(x, factors, rank, sums);
-                }
-                _ => {}
-            }
+        if L::REGISTERS >= MANY {
+            tall_tiles::<L, 6, 4>(rows, columns, factors, rank, sums);
+        } else {
+            tall_tiles::<L, 3, 2>(rows, columns, factors, rank, sums);
         }
     }
     for (to, sums) in to.iter_mut().zip(sums.iter()) {
@@ -220,10 +214,30 @@ fn contract<L: Lanes>(
     }
 }
 
-/// `sums[i][k] += x[i]·factors[k]`, lane by lane.
+/// `sums[i][k] += rows[i]·factors[k]`, lane by lane, in tiles of `TALL` rows and `WIDE` ranks.
 #[inline(always)]
-fn tiles<L: Lanes, const M: usize>(
-    x: [&[f32]; M],
+fn tall_tiles<L: Lanes, const TALL: usize, const WIDE: usize>(
+    rows: &[&[f32]],
+    columns: Range<usize>,
+    factors: &[Piece<f32>],
+    rank: usize,
+    sums: &mut [Piece<f32>],
+) {
+    let (tall, rest) = rows.as_chunks::<TALL>();
+    let (tall_sums, rest_sums) = sums.split_at_mut(tall.len() * TALL * rank);
+    for (rows, sums) in tall.iter().zip(tall_sums.chunks_exact_mut(TALL * rank)) {
+        tiles::<L, TALL, WIDE>(rows, columns.clone(), factors, rank, sums);
+    }
+    for (&row, sums) in rest.iter().zip(rest_sums.chunks_exact_mut(rank)) {
+        tiles::<L, 1, WIDE>(&[row], columns.clone(), factors, rank, sums);
+    }
+}
+
+/// [`tall_tiles`] for `M` rows.
+#[inline(always)]
+fn tiles<L: Lanes, const M: usize, const WIDE: usize>(
+    rows: &[&[f32]; M],
+    columns: Range<usize>,
     factors: &[Piece<f32>],
     rank: usize,
     sums: &mut [Piece<f32>],
@@ -231,7 +245,7 @@ fn tiles<L: Lanes, const M: usize>(
     let mut pieces: [&[Piece<f32>]; M] = [&[]; M];
     let mut rest = [L::splat(0.0); M];
     for i in 0..M {
-        let (whole, part) = x[i].as_chunks();
+        let (whole, part) = rows[i][columns.clone()].as_chunks();
         (pieces[i], rest[i]) = (whole, load_part(part));
     }
     for k in (0..rank - rank % WIDE).step_by(WIDE) {
@@ -308,26 +322,28 @@ fn expand_all<L: Lanes, T: Element>(
     for (stretch, factors) in factors.chunks(panels * rank).enumerate() {
         let from = stretch * panels * LANES;
         for (weights, y) in weights.chunks_exact(rank).zip(y.chunks_mut(HIGH * columns)) {
-            match y.len() / columns {
-                1 => expand::<L, T, 1>(weights, factors, y, from),
-                2 => expand::<L, T, 2>(weights, factors, y, from),
-                3 => expand::<L, T, 3>(weights, factors, y, from),
-                4 => expand::<L, T, 4>(weights, factors, y, from),
-                5 => expand::<L, T, 5>(weights, factors, y, from),
-                _ => expand::<L, T, HIGH>(weights, factors, y, from),
+            if y.len() == HIGH * columns {
+                expand::<L, T, HIGH>(weights, 0, factors, y, from);
+            } else {
+                for (i, y) in y.chunks_exact_mut(columns).enumerate() {
+                    expand::<L, T, 1>(weights, i, factors, y, from);
+                }
             }
         }
     }
 }
 
-/// [`expand_all`] for the `M` rows of `y` and the columns of these factors, the first of which is `from`.
+/// [`expand_all`] for the `M` rows of `y`, whose weights begin with the `first`, and the columns of these factors, the first of
+/// which is `from`.
 #[inline(always)]
 fn expand<L: Lanes, T: Element, const M: usize>(
     weights: &[[f32; HIGH]],
+    first: usize,
     factors: &[Piece<f32>],
     y: &mut [MaybeUninit<T>],
     from: usize,
 ) {
+    let rank = weights.len();
     let mut rows = y.chunks_exact_mut(y.len() / M);
     let mut pieces: [&mut [Room<T>]; M] = std::array::from_fn(|_| Default::default());
     let mut rests: [&mut [MaybeUninit<T>]; M] = std::array::from_fn(|_| Default::default());
@@ -335,24 +351,58 @@ fn expand<L: Lanes, T: Element, const M: usize>(
         let row = &mut rows.next().unwrap_or_default()[from..];
         (*pieces, *rest) = row.as_chunks_mut();
     }
-    for (p, factors) in factors.chunks_exact(weights.len()).enumerate() {
-        let mut totals = [L::splat(0.0); M];
-        for (weights, factors) in weights.iter().zip(factors) {
-            let factors = L::load(factors);
-            for i in 0..M {
-                totals[i] = L::splat(weights[i]).mul_add(factors, totals[i]);
-            }
-        }
-        if p == pieces[0].len() {
-            for i in 0..M {
-                store_part(totals[i], rests[i]);
-            }
-        } else {
-            for i in 0..M {
-                T::store(totals[i], &mut pieces[i][p]);
+    let whole = pieces[0].len().min(factors.len() / rank);
+    // Two pieces share a weight that is spread over the lanes.
+    let pairs = if L::REGISTERS >= MANY { whole / 2 } else { 0 };
+    for p in 0..pairs {
+        let totals = weighted::<L, M, 2>(weights, first, &factors[2 * p * rank..]);
+        for i in 0..M {
+            for j in 0..2 {
+                T::store(totals[i][j], &mut pieces[i][2 * p + j]);
             }
         }
     }
+    for p in 2 * pairs..whole {
+        let totals = weighted::<L, M, 1>(weights, first, &factors[p * rank..]);
+        for i in 0..M {
+            T::store(totals[i][0], &mut pieces[i][p]);
+        }
+    }
+    if factors.len() / rank > whole {
+        let totals = weighted::<L, M, 1>(weights, first, &factors[whole * rank..]);
+        for i in 0..M {
+            store_part(totals[i][0], rests[i]);
+        }
+    }
+}
+
+/// `Σ_k weights[k][first + i]·factors[j][k]` for `M` rows `i` and the first `P` panels `j`.
+#[inline(always)]
+fn weighted<L: Lanes, const M: usize, const P: usize>(
+    weights: &[[f32; HIGH]],
+    first: usize,
+    factors: &[Piece<f32>],
+) -> [[L; P]; M] {
+    let rank = weights.len();
+    let mut panels: [&[Piece<f32>]; P] = [&[]; P];
+    for (j, panel) in panels.iter_mut().enumerate() {
+        *panel = &factors[j * rank..][..rank];
+    }
+    let mut totals = [[L::splat(0.0); P]; M];
+    for (k, weights) in weights.iter().enumerate() {
+        let weights = &weights[first..][..M];
+        let mut factors = [L::splat(0.0); P];
+        for j in 0..P {
+            factors[j] = L::load(&panels[j][k]);
+        }
+        for i in 0..M {
+            let weight = L::splat(weights[i]);
+            for j in 0..P {
+                totals[i][j] = weight.mul_add(factors[j], totals[i][j]);
+            }
+        }
+    }
+    totals
 }
 
 /// `to[k] += Σ_i weights[i][k]·rows[i]` for `weights [rows, rank]` and `to [rank, columns]`, in the order of the rows.
@@ -361,14 +411,20 @@ fn update_all<L: Lanes>(rows: &[&[f32]], weights: &[f32], [rank, columns]: [usiz
     if columns == 0 {
         return;
     }
-    for (first, to) in to.chunks_mut(RANKS * columns).enumerate() {
-        let weights = &weights[first * RANKS..];
-        match to.len() / columns {
-            1 => update::<L, 1>(rows, weights, rank, to),
-            2 => update::<L, 2>(rows, weights, rank, to),
-            3 => update::<L, 3>(rows, weights, rank, to),
-            _ => update::<L, RANKS>(rows, weights, rank, to),
+    let (mut k, mut to) = (0, to);
+    while k < rank {
+        let ranks = match rank - k {
+            8.. if L::REGISTERS >= MANY => 8,
+            4.. => 4,
+            _ => 1,
+        };
+        let ranks_to = to.split_off_mut(..ranks * columns).unwrap_or_default();
+        match ranks {
+            8 => update::<L, 8>(rows, &weights[k..], rank, ranks_to),
+            4 => update::<L, 4>(rows, &weights[k..], rank, ranks_to),
+            _ => update::<L, 1>(rows, &weights[k..], rank, ranks_to),
         }
+        k += ranks;
     }
 }
 
@@ -388,20 +444,13 @@ fn update<L: Lanes, const K: usize>(rows: &[&[f32]], weights: &[f32], rank: usiz
         *pieces = &row.as_chunks().0[..whole];
     }
     let pieces = &pieces[..rows.len()];
-    for p in 0..whole {
-        let mut totals = [L::splat(0.0); K];
-        for (total, to) in totals.iter_mut().zip(&to) {
-            *total = L::load(&to.as_chunks().0[p]);
-        }
-        for (pieces, factors) in pieces.iter().zip(&factors) {
-            let row = L::load(&pieces[p]);
-            for (total, &factor) in totals.iter_mut().zip(factors) {
-                *total = L::splat(factor).mul_add(row, *total);
-            }
-        }
-        for (total, to) in totals.into_iter().zip(&mut to) {
-            total.store(as_room(&mut to.as_chunks_mut().0[p]));
-        }
+    // Two pieces share a factor that is spread over the lanes.
+    let pairs = if L::REGISTERS >= MANY { whole / 2 } else { 0 };
+    for p in 0..pairs {
+        update_pieces::<L, K, 2>(pieces, &factors, 2 * p, &mut to);
+    }
+    for p in 2 * pairs..whole {
+        update_pieces::<L, K, 1>(pieces, &factors, p, &mut to);
     }
     let rest = whole * LANES..columns;
     if !rest.is_empty() {
@@ -412,6 +461,39 @@ fn update<L: Lanes, const K: usize>(rows: &[&[f32]], weights: &[f32], rank: usiz
             }
             let (to, lanes) = (&mut to[rest.clone()], total.to_array());
             to.copy_from_slice(&lanes[..to.len()]);
+        }
+    }
+}
+
+/// [`update`] for `P` pieces from `p` on.
+#[inline(always)]
+fn update_pieces<L: Lanes, const K: usize, const P: usize>(
+    rows: &[&[Piece<f32>]],
+    factors: &[[f32; K]; ROWS],
+    p: usize,
+    to: &mut [&mut [f32]; K],
+) {
+    let mut totals = [[L::splat(0.0); P]; K];
+    for (totals, to) in totals.iter_mut().zip(&*to) {
+        for (total, to) in totals.iter_mut().zip(&to.as_chunks().0[p..]) {
+            *total = L::load(to);
+        }
+    }
+    for (row, factors) in rows.iter().zip(factors) {
+        let mut x = [L::splat(0.0); P];
+        for j in 0..P {
+            x[j] = L::load(&row[p + j]);
+        }
+        for k in 0..K {
+            let factor = L::splat(factors[k]);
+            for j in 0..P {
+                totals[k][j] = factor.mul_add(x[j], totals[k][j]);
+            }
+        }
+    }
+    for (totals, to) in totals.iter().zip(to) {
+        for (total, to) in totals.iter().zip(&mut to.as_chunks_mut().0[p..]) {
+            total.store(as_room(to));
         }
     }
 }

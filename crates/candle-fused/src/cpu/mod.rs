@@ -14,5 +14,6 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod softmax;
+pub(crate) mod spread;
 #[cfg(all(test, unix))]
 mod tests;

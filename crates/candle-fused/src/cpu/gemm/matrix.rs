@@ -5,10 +5,10 @@ use std::borrow::Cow;
 use candle_core::{Result, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::super::dispatch;
 use super::super::lanes::{LANES, Piece};
+use super::super::spread::spread;
 use super::pack::pack;
 
 /// Elements that are worth waking another thread.
@@ -131,15 +131,13 @@ impl<'a> Matrix<'a> {
     /// Its elements in f32, row by row.
     pub(crate) fn to_f32(self) -> Vec<f32> {
         let mut wide = vec![0.0; self.rows * self.columns];
-        if wide.len() < 2 * ELEMENTS {
-            for (i, to) in wide.chunks_exact_mut(self.columns.max(1)).enumerate() {
-                self.widen_row(i, to);
+        let few = (ELEMENTS / self.columns.max(1)).max(1);
+        let tasks = wide.chunks_mut(few * self.columns.max(1)).enumerate().collect();
+        spread(tasks, self.rows > few, |(): &mut (), (i, wide): (usize, &mut [f32])| {
+            for (row, to) in (i * few..).zip(wide.chunks_exact_mut(self.columns)) {
+                self.widen_row(row, to);
             }
-        } else {
-            let rows = wide.par_chunks_exact_mut(self.columns).enumerate();
-            let few = (ELEMENTS / self.columns).max(1);
-            rows.with_min_len(few).for_each(|(i, to)| self.widen_row(i, to));
-        }
+        });
         wide
     }
 

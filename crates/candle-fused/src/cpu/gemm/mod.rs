@@ -31,11 +31,11 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::DType;
-use rayon::prelude::*;
 
 use super::dispatch::{self, Isa, Vectorised};
 use super::lanes::{Element, Lanes};
 use super::rows::{load_part, store_part};
+use super::spread::spread;
 use kernel::{Kernel, Pairs, Tile};
 pub(crate) use left::Left;
 use left::{lefts, takes_pairs, terms};
@@ -194,14 +194,7 @@ fn write<T: Element>(
         // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
         unsafe { sum.task(rows, columns, &out, scratch) };
     };
-    if threads == 1 {
-        let mut scratch = Scratch::default();
-        for task in tasks {
-            run(&mut scratch, task);
-        }
-    } else {
-        tasks.into_par_iter().for_each_init(Scratch::default, run);
-    }
+    spread(tasks, threads > 1, run);
 }
 
 /// As [`write`], for few rows.
@@ -214,7 +207,7 @@ fn write_few<T: Element>(
 ) {
     let left: Vec<Vec<f32>> = products.iter().map(|product| product.left.to_f32()).collect();
     let mut sums = vec![[0f32; dot::ROWS]; n];
-    let compute = |(block, sums): (usize, &mut [[f32; dot::ROWS]])| {
+    let compute = |(): &mut (), (block, sums): (usize, &mut [[f32; dot::ROWS]])| {
         let first = block * FEW_COLUMNS;
         for (j, sums) in sums.iter_mut().enumerate() {
             for (i, sum) in sums.iter_mut().enumerate().take(m) {
@@ -230,11 +223,7 @@ fn write_few<T: Element>(
         }
     };
     let work = m * n * left.iter().map(|left| left.len() / m).sum::<usize>();
-    if work < PARALLEL {
-        sums.chunks_mut(FEW_COLUMNS).enumerate().for_each(compute);
-    } else {
-        sums.par_chunks_mut(FEW_COLUMNS).enumerate().for_each(compute);
-    }
+    spread(sums.chunks_mut(FEW_COLUMNS).enumerate().collect(), work >= PARALLEL, compute);
     let mut row = vec![0f32; n];
     for (i, to) in to.chunks_exact_mut(n).enumerate().take(m) {
         for (x, sums) in row.iter_mut().zip(&sums) {

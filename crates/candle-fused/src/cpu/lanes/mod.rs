@@ -40,6 +40,9 @@ pub(crate) type Room<T> = [MaybeUninit<T>; LANES];
 pub(crate) trait Lanes:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
 {
+    /// How many of these the processor has registers for.
+    const REGISTERS: usize = 8;
+
     /// `x` in every lane.
     fn splat(x: f32) -> Self;
     fn load(from: &Piece<f32>) -> Self;

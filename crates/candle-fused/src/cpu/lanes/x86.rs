@@ -421,6 +421,8 @@ impl Avx512 {
 }
 
 impl Lanes for Avx512 {
+    const REGISTERS: usize = 32;
+
     #[inline(always)]
     fn splat(x: f32) -> Self {
         Self(x86!(_mm512_set1_ps(x)))

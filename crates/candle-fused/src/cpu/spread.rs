@@ -1,0 +1,197 @@
+//! Tasks over threads.
+//!
+//! To wake a thread takes 10 to 30 µs, as long as many an operation. So the calling thread begins at once, rayon's others
+//! help as they come, and whoever comes when there is nothing left to do is not waited for.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, Thread};
+
+/// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`.
+///
+/// # Panics
+/// If `run` does.
+pub(crate) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
+    let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
+    if threads <= 1 {
+        let mut state = S::default();
+        for task in tasks {
+            run(&mut state, task);
+        }
+        return;
+    }
+    let queue = Mutex::new(tasks.into_iter());
+    let work = || {
+        let mut state = S::default();
+        loop {
+            let task = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match task {
+                Some(task) => run(&mut state, task),
+                None => break,
+            }
+        }
+    };
+    with_help(threads - 1, &work);
+}
+
+/// Calls `work` here and on up to `helpers` threads of rayon's. When it returns, no call is under way or can begin.
+fn with_help<W: Fn() + Sync>(helpers: usize, work: &W) {
+    let door = Arc::new(Door::of(work));
+    for _ in 0..helpers {
+        let door = Arc::clone(&door);
+        rayon::spawn(move || door.help());
+    }
+    // Closes it whether `work` returns or panics.
+    let closing = Closing(&door);
+    work();
+    drop(closing);
+    let panic = door.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(panic) = panic {
+        resume_unwind(panic);
+    }
+}
+
+/// Set when nobody may come in any more; the other bits count those inside.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+/// How often the calling thread looks whether the last one has left before it sleeps: some microseconds.
+const LOOKS: usize = 2000;
+
+/// Where helpers come in.
+struct Door {
+    inside: AtomicUsize,
+    /// Alive as long as the door is open or somebody is inside: see [`Closing`].
+    work: *const (),
+    /// Calls it.
+    call: unsafe fn(*const ()),
+    caller: Thread,
+    /// Of the first helper that had one.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `work` is shared between threads as a reference to what is `Sync` (`Door::of`); all else is `Send` and `Sync`.
+unsafe impl Send for Door {}
+// SAFETY: as above.
+unsafe impl Sync for Door {}
+
+impl Door {
+    fn of<W: Fn() + Sync>(work: &W) -> Self {
+        /// # Safety
+        /// At the address is a `W`.
+        unsafe fn call<W: Fn()>(work: *const ()) {
+            // SAFETY: the caller's.
+            unsafe { (*work.cast::<W>())() }
+        }
+        Self {
+            inside: AtomicUsize::new(0),
+            work: ptr::from_ref(work).cast(),
+            call: call::<W>,
+            caller: thread::current(),
+            panic: Mutex::new(None),
+        }
+    }
+
+    /// Comes in and works, unless the door is closed.
+    fn help(&self) {
+        let enter = |inside| (inside & CLOSED == 0).then_some(inside + 1);
+        if self.inside.fetch_update(Ordering::Acquire, Ordering::Relaxed, enter).is_err() {
+            return;
+        }
+        // SAFETY: who is inside is waited for, so that what `work` points to, of the type that `call` is for, is still borrowed.
+        let work = || unsafe { (self.call)(self.work) };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+        // What was written here is seen by the caller, who reads this.
+        if self.inside.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
+            self.caller.unpark();
+        }
+    }
+}
+
+/// Closes the door when dropped, and waits until nobody is inside.
+struct Closing<'a>(&'a Door);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        let inside = &self.0.inside;
+        inside.fetch_or(CLOSED, Ordering::Relaxed);
+        let mut looks = 0;
+        while inside.load(Ordering::Acquire) != CLOSED {
+            looks += 1;
+            if looks < LOOKS { std::hint::spin_loop() } else { thread::park() }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whoever_helps() {
+        for count in [0, 1, 2, 3, 100] {
+            for worth in [false, true] {
+                let mut done = vec![0; count];
+                spread(done.iter_mut().enumerate().collect(), worth, |seen: &mut usize, (i, done)| {
+                    *seen += 1;
+                    *done += i + 1;
+                });
+                assert_eq!(done, (1..=count).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn a_helper_at_work_is_waited_for() {
+        let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let caller = thread::current().id();
+        with_help(1, &|| {
+            if thread::current().id() == caller {
+                while begun.load(Ordering::SeqCst) == 0 {
+                    thread::yield_now();
+                }
+            } else {
+                begun.fetch_add(1, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(50));
+                ended.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        assert_eq!(ended.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_helper_that_comes_late_finds_the_door_closed() {
+        let calls = AtomicUsize::new(0);
+        let work = || {
+            calls.fetch_add(1, Ordering::SeqCst);
+        };
+        let door = Door::of(&work);
+        door.help();
+        drop(Closing(&door));
+        door.help();
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_panic_anywhere_is_the_callers() {
+        let caller = thread::current().id();
+        for helper_panics in [false, true] {
+            let begun = AtomicUsize::new(0);
+            let work = || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                while begun.load(Ordering::SeqCst) < 2 {
+                    thread::yield_now();
+                }
+                assert!((thread::current().id() == caller) == helper_panics, "planned");
+            };
+            assert!(catch_unwind(AssertUnwindSafe(|| with_help(1, &work))).is_err());
+        }
+    }
+}
