@@ -330,7 +330,9 @@ fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const 
 
     let count = shape.elem_count();
     let bytes = count * size_of::<T>() * (N + wanted.iter().filter(|wanted| **wanted).count());
-    let sizes = Sizes { count, d, stream: bytes > STREAM };
+    // Where arithmetic takes longer than memory, stores past the cache only keep it waiting.
+    let arithmetic = R::EXPONENTIALS && size_of::<T>() < size_of::<f32>();
+    let sizes = Sizes { count, d, stream: bytes > STREAM && !arithmetic };
     let mut statistics = vec![R::Statistic::default(); rows];
     let mut results = wanted.map(|wanted| wanted.then(|| Vec::<T>::with_capacity(count)));
     let mut free = results
