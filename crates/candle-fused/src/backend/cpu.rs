@@ -19,7 +19,7 @@ use crate::graph;
 
 /// The bytes of a task.
 const TASK: usize = 32 * 1024;
-/// Fewer elements are not worth asking other threads, which takes some 3 µs, and from 10 to 30 until one comes.
+/// Fewer elements are not worth asking other threads, which takes some microseconds, and 10 to 30 until one comes.
 const PARALLEL: usize = 192 * 1024;
 /// The same where each element costs an exponential.
 const PARALLEL_EXPONENTIALS: usize = 24 * 1024;

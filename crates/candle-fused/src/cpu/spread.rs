@@ -16,13 +16,6 @@ use std::thread::{self, Thread};
 /// If `run` does.
 pub(crate) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
     let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
-    if threads <= 1 {
-        let mut state = S::default();
-        for task in tasks {
-            run(&mut state, task);
-        }
-        return;
-    }
     let queue = Mutex::new(tasks.into_iter());
     let work = || {
         let mut state = S::default();
@@ -34,7 +27,7 @@ pub(crate) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl 
             }
         }
     };
-    with_help(threads - 1, &work);
+    if threads > 1 { with_help(threads - 1, &work) } else { work() }
 }
 
 /// Calls `work` here and on up to `helpers` threads of rayon's. When it returns, no call is under way or can begin.

@@ -321,7 +321,7 @@ fn low_rank_products_stay_within_their_matrices() {
     }
     for isa in instruction_sets() {
         for count in [1, 2, 3, 4, 5, 7, 11, 12, 13, 25] {
-            for rank in [1, 2, 3, 8] {
+            for rank in [1, 2, 3, 8, 13] {
                 for (inputs, outputs) in [(1, 1), (16, 33), (31, 16), (100, 15), (513, 64), (1040, 529)] {
                     check::<f32>(isa, [count, inputs, outputs, rank]);
                     check::<f16>(isa, [count, inputs, outputs, rank]);
@@ -405,7 +405,7 @@ fn low_rank_gradients_stay_within_their_matrices() {
     }
     for isa in instruction_sets() {
         for count in [1, 2, 5, 11, 12, 13, 25] {
-            for rank in [1, 2, 3, 4, 5, 8] {
+            for rank in [1, 2, 3, 4, 5, 8, 13] {
                 for (inputs, outputs) in [(1, 1), (16, 33), (31, 16), (100, 15), (513, 64), (65, 530)] {
                     check::<f32, f32>(isa, [count, inputs, outputs, rank]);
                     check::<f16, f16>(isa, [count, inputs, outputs, rank]);

@@ -244,3 +244,17 @@ fn a_rounded_result_of_many_rows_is_exact() {
         }
     }
 }
+
+#[test]
+fn a_large_matrix_is_widened_row_by_row() {
+    // One task, several with the last one short, rows longer than a task.
+    for dims in [[3, 5], [131, 1000], [3, 70_000], [0, 4], [4, 0]] {
+        let stored = Stored::new(dims, Lies::Rows, 3);
+        let exact: Vec<f32> = (0..dims[0])
+            .flat_map(|i| stored.f32[MARGIN + i * stored.strides[0]..][..dims[1]].to_vec())
+            .collect();
+        for matrix in stored.matrices() {
+            assert_eq!(matrix.to_f32(), exact, "{dims:?}");
+        }
+    }
+}
