@@ -115,6 +115,8 @@ fn attention_over_many_blocks() {
             let (q, kv) = (arg(&[1, 150, 4, 16]), [arg(&[1, 300, 2, 16]), arg(&[1, 300, 2, 16])]);
             attention(q.clone(), kv.clone(), 0.25, Mask::Causal).error_rule(dtype, &device);
             attention(q, kv, 0.25, Mask::None).error_rule(dtype, &device);
+            let (q, kv) = (arg(&[2, 133, 6, 64]), [arg(&[2, 133, 2, 64]), arg(&[2, 133, 2, 64])]);
+            attention(q, kv, 0.125, Mask::Causal).error_rule(dtype, &device);
         }
     }
 }

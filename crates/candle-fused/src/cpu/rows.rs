@@ -101,16 +101,14 @@ fn pieces_mut<T>(row: &mut [T], len: usize) -> (&mut [Piece<T>], &mut [T]) {
 /// Less than a piece; the other lanes are 0.
 #[inline(always)]
 pub(super) fn load_part<L: Lanes, T: Element>(from: &[T]) -> L {
-    let mut piece = [T::zero(); LANES];
-    piece[..from.len()].copy_from_slice(from);
-    T::load(&piece)
+    T::load(&L::part(from, T::zero()))
 }
 
 #[inline(always)]
 pub(super) fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T>]) {
     let mut piece = [T::zero(); LANES];
     T::store(lanes, as_room(&mut piece));
-    to.write_copy_of_slice(&piece[..to.len()]);
+    L::put_part(&piece, to);
 }
 
 /// `M` values and `P` new values of `sums`, for each element of rows of one length: `f(inputs, wide, sums)`, where `wide`
@@ -346,10 +344,7 @@ pub(super) fn max<L: Lanes, T: Element>(row: &[T], f: impl Fn(L) -> L) -> f32 {
         greatest[1] = greatest[1].max(f(load_part(rest)).first(rest.len(), least));
     }
     let [a, b, c, d] = greatest;
-    a.max(b).max(c.max(d)).join(
-        #[inline(always)]
-        |a, b| if b > a { b } else { a },
-    )
+    a.max(b).max(c.max(d)).greatest()
 }
 
 /// `f(x)` of one element, as the lanes compute it.

@@ -2,8 +2,10 @@
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
+use std::marker::PhantomData;
+
 use super::dispatch::{self, Vectorised};
-use super::lanes::{Element, Lanes, exp};
+use super::lanes::{Element, Lanes};
 use super::rows::{Out, Row, RowLoop, map, max, pass, sums};
 
 /// How many entries of a row take part; the others are 0 in the results and are not read.
@@ -115,25 +117,29 @@ fn gradient<L: Lanes, T: Element>(scale: f32, y: &[T], g: &[T], dx: Out<'_, T>) 
     );
 }
 
-/// One row of scores to weights, in place: [`Forward`] without a mask.
-pub(crate) fn forward_in_place(scale: f32, scores: &mut [f32]) {
-    struct Work<'a>(f32, &'a mut [f32]);
-    impl Vectorised for Work<'_> {
-        type Output = ();
+/// One row of scores to `exp(scale·x − max)`, in place, and the reciprocal of their sum: [`Forward`] without a mask, for scores of
+/// products of `T`.
+pub(crate) fn exponentials_in_place<T: Element>(scale: f32, scores: &mut [f32]) -> f32 {
+    struct Work<'a, T>(f32, &'a mut [f32], PhantomData<T>);
+    impl<T: Element> Vectorised for Work<'_, T> {
+        type Output = f32;
 
         #[inline(always)]
-        fn run<L: Lanes>(self) {
-            let Self(scale, row) = self;
+        fn run<L: Lanes>(self) -> f32 {
+            let Self(scale, row, _) = self;
             let scale = L::splat(scale);
             let greatest = L::splat(max::<L, f32>(
                 row,
                 #[inline(always)]
                 |x| x * scale,
             ));
-            in_place(
-                row,
+            pass::<L, f32, f32, 0, 0, 0, 1>(
+                [],
+                [],
+                [],
+                [Some(&mut *row)],
                 #[inline(always)]
-                |x: L| exp(x * scale - greatest),
+                |[], [], [x]| ([], [T::exp(x * scale - greatest)]),
             );
             let [total] = sums::<4, L, f32, 1, 0, 1>(
                 [row],
@@ -141,40 +147,41 @@ pub(crate) fn forward_in_place(scale: f32, scores: &mut [f32]) {
                 #[inline(always)]
                 |x, []| x,
             );
-            let factor = L::splat(total.recip());
-            in_place(
-                row,
-                #[inline(always)]
-                |x: L| x * factor,
-            );
+            total.recip()
         }
     }
-    dispatch::vectorise(dispatch::isa(), Work(scale, scores));
+    dispatch::vectorise(dispatch::isa(), Work::<T>(scale, scores, PhantomData))
 }
 
-#[inline(always)]
-fn in_place<L: Lanes>(row: &mut [f32], f: impl Fn(L) -> L) {
-    pass::<L, f32, f32, 0, 0, 0, 1>(
-        [],
-        [],
-        [],
-        [Some(row)],
-        #[inline(always)]
-        |[], [], [x]| ([], [f(x)]),
-    );
-}
-
+/// Multiplies exponentials by `factor`, which makes them weights, and writes their gradient to that of the scores, in place:
 /// [`Backward`] of one row without a mask.
-pub(crate) fn backward_row(scale: f32, y: &[f32], g: &[f32], dx: &mut [f32]) {
-    struct Work<'a>(f32, [&'a [f32]; 2], &'a mut [f32]);
+pub(crate) fn backward_in_place(scale: f32, factor: f32, weights: &mut [f32], g: &mut [f32]) {
+    struct Work<'a>([f32; 2], [&'a mut [f32]; 2]);
     impl Vectorised for Work<'_> {
         type Output = ();
 
         #[inline(always)]
         fn run<L: Lanes>(self) {
-            let Self(scale, [y, g], dx) = self;
-            gradient::<L, f32>(scale, y, g, Out::over(dx));
+            let Self([scale, factor], [weights, g]) = self;
+            let [dot] = sums::<4, L, f32, 2, 0, 1>(
+                [weights, g],
+                [],
+                #[inline(always)]
+                |[y, g]: [L; 2], []| [y * g],
+            );
+            let (dot, scale, factor) = (L::splat(dot * factor), L::splat(scale), L::splat(factor));
+            pass::<L, f32, f32, 0, 0, 0, 2>(
+                [],
+                [],
+                [],
+                [Some(weights), Some(g)],
+                #[inline(always)]
+                |[], [], [e, g]| {
+                    let y = e * factor;
+                    ([], [y, scale * y * (g - dot)])
+                },
+            );
         }
     }
-    dispatch::vectorise(dispatch::isa(), Work(scale, [y, g], dx));
+    dispatch::vectorise(dispatch::isa(), Work([scale, factor], [weights, g]));
 }

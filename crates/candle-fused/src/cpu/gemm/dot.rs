@@ -9,7 +9,7 @@ use super::super::rows::load_part;
 use super::matrix::{Data, Matrix};
 
 /// The most rows that are multiplied so.
-pub(super) const ROWS: usize = 4;
+pub(crate) const ROWS: usize = 4;
 
 /// Whether a column of `right` is contiguous.
 pub(super) fn serves(right: &Matrix) -> bool {

@@ -1,10 +1,13 @@
-//! The left matrix as a product reads it: as it is stored, or widened to f32.
+//! The left matrix as a product reads it: as it is stored, widened to f32, or turned.
 
+use std::slice;
 use std::sync::OnceLock;
+
+use half::bf16;
 
 use super::super::dispatch;
 use super::kernel::{Kernel, Pairs};
-use super::{Data, Matrix, Product, dot};
+use super::{Data, Matrix, Product, dot, pack};
 
 /// A left matrix for several products, widened once, when the first of them needs it.
 pub(crate) struct Left<'a> {
@@ -34,8 +37,7 @@ impl<'a> Left<'a> {
 
     /// Whether the product with this right matrix reads it as it is, in 16 bits.
     pub(crate) fn stays_narrow(&self, right: &Matrix) -> bool {
-        let product = Product { left: self.stored, right: *right };
-        self.stored.rows > dot::ROWS && takes_pairs(Kernel::of(dispatch::isa()).pairs, &product)
+        self.stored.rows > dot::ROWS && takes_pairs(Kernel::of(dispatch::isa()).pairs, &self.stored, right)
     }
 
     /// As the product with this right matrix reads it best.
@@ -50,16 +52,63 @@ fn along(matrix: Matrix) -> (Matrix, bool) {
     (if turned { matrix.t() } else { matrix }, turned)
 }
 
+/// Whether this processor multiplies bf16 in pairs.
+pub(crate) fn multiplies_pairs() -> bool {
+    Kernel::of(dispatch::isa()).pairs.is_some()
+}
+
+/// Whether pairs are read of a left matrix as it lies.
+pub(super) fn reads_pairs(left: &Matrix) -> bool {
+    matches!(left.data, Data::BF16(_)) && left.in_rows().is_some()
+}
+
 /// Whether a product is one of bf16 pairs.
-pub(super) fn takes_pairs(pairs: Option<Pairs>, Product { left, right }: &Product) -> bool {
-    pairs.is_some()
-        && matches!((left.data, right.data), (Data::BF16(_), Data::BF16(_)))
-        && left.column_stride == 1
+pub(super) fn takes_pairs(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> bool {
+    pairs.is_some() && reads_pairs(left) && matches!(right.data, Data::BF16(_))
+}
+
+/// A matrix whose columns are the rows of a left one.
+pub(crate) enum Columns<'a> {
+    Wide(Left<'a>),
+    /// bf16, the columns in one piece.
+    Pairs {
+        /// Two steps a word.
+        words: Vec<f32>,
+        /// Columns and their steps, each a multiple of what is turned at once.
+        dims: [usize; 2],
+        columns: usize,
+    },
+}
+
+impl<'a> Columns<'a> {
+    /// In pairs, if that is said; then the matrix is bf16, and the processor multiplies pairs.
+    pub(crate) fn of(matrix: Matrix<'a>, in_pairs: bool) -> Self {
+        if in_pairs {
+            let (words, dims) = pack::turn_pairs(dispatch::isa(), &matrix);
+            Self::Pairs { words, dims, columns: matrix.columns }
+        } else {
+            Self::Wide(Left::new(matrix))
+        }
+    }
+
+    /// `[columns, count]`: those of `count` of the rows, from `first` on, which is even.
+    pub(crate) fn some(&self, first: usize, count: usize) -> Option<Matrix<'_>> {
+        match self {
+            Self::Wide(left) => Some(left.wide().some_rows(first, count).t()),
+            Self::Pairs { words, dims: [_, steps], columns } => {
+                // SAFETY: the same memory; any bits are bf16, which needs no more alignment.
+                let data = unsafe { slice::from_raw_parts(words.as_ptr().cast::<bf16>(), 2 * words.len()) };
+                Matrix::new(Data::BF16(data), first, [*columns, count], [*steps, 1])
+            }
+        }
+    }
 }
 
 /// The left matrices as the kernels read them, widened where they cannot.
 pub(super) fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Option<Left<'a>>> {
-    let left = |product: &Product<'a>| (!takes_pairs(kernel.pairs, product)).then(|| Left::new(product.left));
+    let left = |Product { left, right }: &Product<'a>| {
+        (!takes_pairs(kernel.pairs, left, right)).then(|| Left::new(*left))
+    };
     products.iter().map(left).collect()
 }
 

@@ -24,8 +24,10 @@ mod kernel;
 mod left;
 mod matrix;
 mod pack;
+mod right;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -36,17 +38,18 @@ use super::dispatch::{self, Isa, Vectorised};
 use super::lanes::{Element, Lanes};
 use super::rows::{load_part, store_part};
 use super::spread::spread;
-use kernel::{Kernel, Pairs, Tile};
-pub(crate) use left::Left;
+pub(crate) use dot::ROWS as FEW;
+use kernel::{Kernel, Pairs};
+pub(crate) use left::{Columns, Left, multiplies_pairs};
 use left::{lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
+pub(crate) use right::{Right, whole};
+use tiles::{ROWS, Steps};
 
 /// Steps of the common dimension in one piece.
 const STEPS: usize = 256;
 /// Columns in one task's block, unless there are too few for all threads.
 const COLUMNS: usize = 256;
-/// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
-const ROWS: usize = 96;
 /// Rows of a 16-bit result that are summed up in f32 at a time: whole tiles of every kind.
 const ROUNDED_ROWS: usize = 5 * ROWS;
 /// Words of packed pieces that are kept for a task's next rows.
@@ -75,7 +78,11 @@ pub(crate) enum Start<'a> {
 }
 
 /// Rounds `from` into `to`, which is as long.
-fn round<T: Element>(isa: Isa, from: &[f32], to: &mut [MaybeUninit<T>]) {
+pub(crate) fn round<T: Element>(from: &[f32], to: &mut [MaybeUninit<T>]) {
+    round_with(dispatch::isa(), from, to);
+}
+
+fn round_with<T: Element>(isa: Isa, from: &[f32], to: &mut [MaybeUninit<T>]) {
     dispatch::vectorise(isa, Rounding { from, to });
 }
 
@@ -106,13 +113,13 @@ fn as_f32<T: Element>(to: *mut T) -> Option<*mut f32> {
     (T::DTYPE == DType::F32).then(|| to.cast())
 }
 
-/// Rounds `from` to the end of `to`.
-pub(crate) fn append<T: Element>(from: &[f32], to: &mut Vec<T>) {
-    let length = to.len();
+/// The f32 `from` as it is stored, in the place of what was there.
+pub(crate) fn store<T: Element>(from: &[f32], to: &mut Vec<T>) {
+    to.clear();
     to.reserve(from.len());
-    round(dispatch::isa(), from, &mut to.spare_capacity_mut()[..from.len()]);
+    round(from, &mut to.spare_capacity_mut()[..from.len()]);
     // SAFETY: within the capacity, and `round` has written all elements.
-    unsafe { to.set_len(length + from.len()) };
+    unsafe { to.set_len(from.len()) };
 }
 
 /// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
@@ -229,7 +236,7 @@ fn write_few<T: Element>(
         for (x, sums) in row.iter_mut().zip(&sums) {
             *x = sums[i];
         }
-        round(isa, &row, to);
+        round_with(isa, &row, to);
     }
 }
 
@@ -311,7 +318,7 @@ impl Sum<'_> {
             let mut to = room(&mut scratch.packed, size);
             for piece in &pieces {
                 let (panels, rest) = to.split_at_mut(piece.size);
-                self.pack(piece, columns.clone(), panels);
+                piece.pack(self.isa, columns.clone(), panels);
                 to = rest;
             }
         }
@@ -326,7 +333,7 @@ impl Sum<'_> {
                     let mut packed = &scratch.packed[..];
                     for piece in &pieces {
                         let (panels, rest) = packed.split_at(piece.size);
-                        self.piece((piece, panels), rows.clone(), width, sums, width, begun);
+                        piece.steps.add(panels, rows.clone(), width, sums, width, begun);
                         (packed, begun) = (rest, true);
                     }
                 } else {
@@ -340,7 +347,7 @@ impl Sum<'_> {
                     let to = out.0.add(i * self.n + columns.start);
                     std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<T>>(), width)
                 };
-                round(self.isa, sums, to);
+                round_with(self.isa, sums, to);
             }
         }
     }
@@ -386,141 +393,50 @@ impl Sum<'_> {
         let mut accumulate = begun;
         for piece in self.pieces(columns.len()) {
             let panels = room(packed, piece.size);
-            self.pack(&piece, columns.clone(), panels);
+            piece.pack(self.isa, columns.clone(), panels);
             // SAFETY: the caller's promise.
-            unsafe { self.piece((&piece, panels), rows.clone(), columns.len(), out, stride, accumulate) };
+            unsafe { piece.steps.add(panels, rows.clone(), columns.len(), out, stride, accumulate) };
             accumulate = true;
         }
     }
 
     /// The pieces of all products for a block of so many columns, in the order of the sum.
     fn pieces(&self, columns: usize) -> impl Iterator<Item = Piece<'_>> {
-        let padded = columns.next_multiple_of(self.kernel.columns);
-        self.terms.iter().flat_map(move |term| {
-            let pairs = self.kernel.pairs.filter(|_| takes_pairs(self.kernel.pairs, term));
-            let k = term.left.columns;
-            let count = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
-            // Of even length, so that pairs stay together.
-            let cut = move |i: usize| (i * k.div_ceil(2) / count * 2).min(k);
-            (0..count).map(move |i| {
-                let steps = cut(i)..cut(i + 1);
-                let words = if pairs.is_some() { steps.len().div_ceil(2) } else { steps.len() };
-                Piece { term, pairs, steps, words, size: words * padded }
+        let kernel = self.kernel;
+        let padded = columns.next_multiple_of(kernel.columns);
+        self.terms.iter().flat_map(move |Product { left, right }| {
+            let pairs = kernel.pairs.filter(|_| takes_pairs(kernel.pairs, left, right));
+            cut(pairs, left.columns).map(move |range| {
+                let words = tiles::words(pairs, range.len());
+                Piece { size: words * padded, steps: Steps { kernel, left, pairs, range, words }, right }
             })
         })
     }
+}
 
-    /// Packs a piece's part of the right matrix.
-    fn pack(&self, piece: &Piece, columns: Range<usize>, to: &mut [f32]) {
-        let (right, steps, width) = (&piece.term.right, piece.steps.clone(), self.kernel.columns);
-        if piece.pairs.is_some() {
-            pack::pack_pairs(self.isa, right, steps, columns, width, to);
-        } else {
-            pack::pack(self.isa, right, steps, columns, width, to);
-        }
-    }
+/// A piece of the common dimension of one product, for some columns.
+struct Piece<'a> {
+    steps: Steps<'a>,
+    right: &'a Matrix<'a>,
+    /// Words of all panels.
+    size: usize,
+}
 
-    /// One piece of the common dimension for a block of the result.
-    ///
-    /// # Safety
-    /// That of [`Sum::block`].
-    unsafe fn piece(
-        &self,
-        (piece, panels): (&Piece, &[f32]),
-        rows: Range<usize>,
-        columns: usize,
-        out: *mut f32,
-        stride: usize,
-        accumulate: bool,
-    ) {
-        let wide = self.kernel.columns;
-        let tall = piece.pairs.map_or(self.kernel.rows, |pairs| pairs.rows);
-        let [begin, end] = piece.pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
-        // SAFETY: the tiles between are on this thread, and are all that uses what this prepares.
-        unsafe { begin() };
-        for first in rows.clone().step_by(ROWS) {
-            for (j, panel) in panels.chunks_exact(piece.words * wide).enumerate() {
-                let count = wide.min(columns - j * wide);
-                for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
-                    let tile = Tile {
-                        rows: tall.min(rows.end - i),
-                        columns: count,
-                        k: piece.steps.len(),
-                        row_stride: piece.term.left.row_stride,
-                        column_stride: piece.term.left.column_stride,
-                        out_stride: stride,
-                        accumulate,
-                    };
-                    // SAFETY: a tile of the block.
-                    unsafe {
-                        let out = out.add((i - rows.start) * stride + j * wide);
-                        self.tile(piece, tile, i, panel, out);
-                    }
-                }
-            }
-        }
-        // SAFETY: after the last tile.
-        unsafe { end() };
-    }
-
-    /// One tile, by way of a buffer where it has fewer columns than are computed.
-    ///
-    /// # Safety
-    /// `out` has the tile's columns in each of its rows, initialised if it accumulates.
-    unsafe fn tile(&self, piece: &Piece, tile: Tile, row: usize, panel: &[f32], out: *mut f32) {
-        let half = self.kernel.columns / 2;
-        let halves = piece.pairs.map_or(self.kernel.halves, |pairs| pairs.halves);
-        let computed = if halves && tile.columns <= half { half } else { self.kernel.columns };
-        if tile.columns == computed {
-            // SAFETY: the tile's columns are all that is computed.
-            unsafe { self.run(piece, &tile, row, panel, out) };
-            return;
-        }
-        let mut buffer = [0f32; kernel::MAX_ROWS * pack::MAX_WIDTH];
-        let buffered = Tile { out_stride: computed, accumulate: false, ..tile };
-        // SAFETY: the buffer has all columns of every row.
-        unsafe { self.run(piece, &buffered, row, panel, buffer.as_mut_ptr()) };
-        for (i, from) in buffer.chunks_exact(computed).enumerate().take(tile.rows) {
-            for (j, &x) in from.iter().enumerate().take(tile.columns) {
-                // SAFETY: the tile's own columns.
-                unsafe {
-                    let out = out.add(i * tile.out_stride + j);
-                    *out = if tile.accumulate { *out + x } else { x };
-                }
-            }
-        }
-    }
-
-    /// # Safety
-    /// `out` has all columns that are computed in each of the tile's rows, initialised if it accumulates.
-    unsafe fn run(&self, piece: &Piece, tile: &Tile, row: usize, panel: &[f32], out: *mut f32) {
-        let left = &piece.term.left;
-        let start = left.index(row, piece.steps.start);
-        // SAFETY: the left matrix's elements lie within its data, those of these rows and steps too; the panel has the
-        // steps' packed columns; the caller promises the rest.
-        unsafe {
-            match (left.data, piece.pairs) {
-                (Data::F32(data), _) => {
-                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out);
-                }
-                (Data::BF16(data), Some(pairs)) => {
-                    (pairs.tile)(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
-                }
-                _ => {}
-            }
-        }
+impl Piece<'_> {
+    /// Packs its part of the right matrix.
+    fn pack(&self, isa: Isa, columns: Range<usize>, to: &mut [f32]) {
+        let Steps { kernel, pairs, range, .. } = &self.steps;
+        let pack = if pairs.is_some() { pack::pack_pairs } else { pack::pack };
+        pack(isa, self.right, range.clone(), columns, kernel.columns, to);
     }
 }
 
-/// A piece of the common dimension of one product.
-struct Piece<'a> {
-    term: &'a Product<'a>,
-    pairs: Option<Pairs>,
-    steps: Range<usize>,
-    /// Packed steps: as many, or half of them in pairs.
-    words: usize,
-    /// Words of all panels.
-    size: usize,
+/// A common dimension of `k` steps in pieces.
+fn cut(pairs: Option<Pairs>, k: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
+    // Of even length, so that pairs stay together.
+    let at = move |i: usize| (i * k.div_ceil(2) / count * 2).min(k);
+    (0..count).map(move |i| at(i)..at(i + 1))
 }
 
 /// The first `size` words of what is there, or of what is made.
@@ -529,6 +445,11 @@ fn room(packed: &mut Vec<f32>, size: usize) -> &mut [f32] {
         packed.resize(size, 0.0);
     }
     &mut packed[..size]
+}
+
+/// The transpose of `from`, which has so many rows, `stride` apart, and columns.
+pub(crate) fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &mut [f32]) {
+    pack::turn(dispatch::isa(), from, stride, [rows, columns], rows, to);
 }
 
 /// A range in parts of `size`.

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::super::dispatch::Isa;
+use super::super::dispatch::{self, Isa, Vectorised};
+use super::super::lanes::{LANES, Lanes, as_room};
 use super::matrix::{Data, Matrix};
 
 /// Steps that are widened at a time where columns have to become rows.
@@ -112,7 +113,7 @@ fn turn_widened(
     }
 }
 
-/// Packs pairs of steps of a bf16 matrix, the first in the low half of 32 bits, as [`pack`] does single steps; an odd last
+/// Packs pairs of steps of a bf16 matrix, or of an f32 one rounded to it, the first in the low half of 32 bits, as [`pack`] does single steps; an odd last
 /// step has a zero beside it. `to` has `⌈steps/2⌉ · panels · width` elements.
 pub(super) fn pack_pairs(
     isa: Isa,
@@ -122,7 +123,11 @@ pub(super) fn pack_pairs(
     width: usize,
     to: &mut [f32],
 ) {
-    let Data::BF16(data) = right.data else { return };
+    let data = match right.data {
+        Data::BF16(data) => data,
+        Data::F32(data) => return pack_rounded(isa, right, data, steps, columns, width, to),
+        Data::F16(_) => return,
+    };
     let bits =
         |k: usize, j: usize| if k < steps.end { u32::from(data[right.index(k, j)].to_bits()) } else { 0 };
     let panels = to.chunks_exact_mut(steps.len().div_ceil(2) * width);
@@ -147,6 +152,79 @@ pub(super) fn pack_pairs(
         }
         fill_up(panel, width, count);
     }
+}
+
+/// [`pack_pairs`] of f32.
+fn pack_rounded(
+    isa: Isa,
+    right: &Matrix,
+    data: &[f32],
+    steps: Range<usize>,
+    columns: Range<usize>,
+    width: usize,
+    to: &mut [f32],
+) {
+    let panels = to.chunks_exact_mut(steps.len().div_ceil(2) * width);
+    for (first, panel) in columns.clone().step_by(width).zip(panels) {
+        let count = width.min(columns.end - first);
+        let whole = right.column_stride == 1 && count.is_multiple_of(LANES);
+        let done = if whole { steps.len() / 2 } else { 0 };
+        let (joined, rest) = panel.split_at_mut(done * width);
+        if done > 0 {
+            let from = &data[right.index(steps.start, first)..];
+            dispatch::vectorise(isa, Join { from, stride: right.row_stride, count, width, to: joined });
+        }
+        for (pair, to) in rest.chunks_exact_mut(width).enumerate() {
+            let k = steps.start + 2 * (done + pair);
+            for (j, to) in (first..).zip(&mut to[..count]) {
+                let bits =
+                    |k| if k < steps.end { bf16::from_f32(data[right.index(k, j)]).to_bits() } else { 0 };
+                *to = f32::from_bits(u32::from(bits(k)) | u32::from(bits(k + 1)) << 16);
+            }
+        }
+        fill_up(panel, width, count);
+    }
+}
+
+/// Rounds the steps of `count` columns, which lie `stride` apart, and puts them beside each other in pairs of `width`.
+struct Join<'a> {
+    from: &'a [f32],
+    stride: usize,
+    count: usize,
+    width: usize,
+    to: &'a mut [f32],
+}
+
+impl Vectorised for Join<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+    fn run<L: Lanes>(self) {
+        let Self { from, stride, count, width, to } = self;
+        for (pair, to) in to.chunks_exact_mut(width).enumerate() {
+            let (low, high) =
+                (&from[2 * pair * stride..][..count], &from[(2 * pair + 1) * stride..][..count]);
+            let pieces = low.as_chunks().0.iter().zip(high.as_chunks().0);
+            for ((low, high), to) in pieces.zip(to.as_chunks_mut().0) {
+                L::store_bf16_pairs(L::load(low), L::load(high), as_room(to));
+            }
+        }
+    }
+}
+
+/// The columns of a bf16 matrix as rows, each in one piece; how many there are, and how long each is, filled up with zeros.
+pub(super) fn turn_pairs(isa: Isa, matrix: &Matrix) -> (Vec<f32>, [usize; 2]) {
+    const WIDTH: usize = 16;
+    let (pairs, columns) = (matrix.rows.div_ceil(2), matrix.columns.next_multiple_of(WIDTH));
+    let mut joined = vec![0f32; columns * pairs];
+    pack_pairs(isa, matrix, 0..matrix.rows, 0..matrix.columns, WIDTH, &mut joined);
+    let mut turned = vec![0f32; columns * pairs];
+    let size = (pairs * WIDTH).max(1);
+    for (panel, to) in joined.chunks_exact(size).zip(turned.chunks_exact_mut(size)) {
+        turn(isa, panel, WIDTH, [pairs, WIDTH], pairs, to);
+    }
+    (turned, [columns, 2 * pairs])
 }
 
 /// Puts the steps of `width` columns, which lie `stride` apart, beside each other in pairs.
@@ -190,7 +268,7 @@ fn fill_up(panel: &mut [f32], width: usize, count: usize) {
 
 /// `to[k·width + j]` is the `k`-th word of 32 bits of the row that begins at `from[j·stride]`, for `rows` rows of `steps`
 /// words.
-fn turn<T: Copy>(
+pub(super) fn turn<T: Copy>(
     isa: Isa,
     from: &[T],
     stride: usize,

@@ -152,6 +152,75 @@ fn products_are_added_to_what_is_there() {
     assert!(to.iter().map(|&x| f64::from(x)).eq(expected));
 }
 
+/// With some of its rows and columns, packed again in the same memory, in pairs (to which f32 is rounded, here exactly) and not.
+#[test]
+fn a_right_matrix_serves_many_products() {
+    let mut packed = Right::default();
+    let kinds = if multiplies_pairs() { vec![false, true] } else { vec![false] };
+    for (case, [k, n]) in [[1, 1], [64, 70], [33, 31], [2050, 16], [3, 300], [0, 5]].into_iter().enumerate() {
+        for lies in [Lies::Rows, Lies::Columns, Lies::Apart] {
+            let right = Stored::new([k, n], lies, 2);
+            for (in_pairs, at) in kinds.iter().flat_map(|&pairs| [(pairs, 0), (pairs, 1), (pairs, 2)]) {
+                if in_pairs && at == 1 {
+                    // f16 does not come in pairs.
+                    continue;
+                }
+                packed.pack(&right.matrices()[at], in_pairs);
+                for [m, steps, columns] in [[1, k, n], [65, k, n], [7, k - k / 3, n - n / 2], [3, k / 2, n]] {
+                    let left = Stored::new([m, steps], if in_pairs { Lies::Rows } else { lies }, 1);
+                    let part = Stored { dims: [steps, columns], ..Stored::new([k, n], lies, 2) };
+                    for add in [false, true] {
+                        let start =
+                            |i: usize, j: usize| if add { f64::from(value(i * 400 + j)) } else { 0.0 };
+                        let expected = exact(start, &[(&left, &part)], [m, columns]);
+                        let mut to: Vec<f32> = (0..m * 400).map(value).collect();
+                        let left = left.matrices()[if in_pairs { 2 } else { case % 3 }];
+                        packed.multiply(&left, columns, (&mut to, 400), add);
+                        for (i, row) in to.chunks_exact(400).enumerate() {
+                            let (got, rest) = row.split_at(columns);
+                            let expected = &expected[i * columns..][..columns];
+                            assert!(
+                                got.iter().map(|&x| f64::from(x)).eq(expected.iter().copied()),
+                                "{in_pairs} {at} {lies:?} {m} {steps} {columns} {add}"
+                            );
+                            assert!(rest.iter().zip(columns..).all(|(&x, j)| x == value(i * 400 + j)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn columns_are_rows_of_a_left_matrix() {
+    for dims in [[64, 64], [5, 3], [130, 17], [1, 40]] {
+        for lies in [Lies::Rows, Lies::Columns, Lies::Apart] {
+            let stored = Stored::new(dims, lies, 3);
+            for (at, matrix) in stored.matrices().into_iter().enumerate() {
+                let turned = Columns::of(matrix, at == 2 && multiplies_pairs());
+                for (first, count) in [(0, dims[0]), (dims[0] / 4 * 2, dims[0] / 3)] {
+                    let got = turned.some(first, count).unwrap().to_f32();
+                    let expected = (0..dims[1]).flat_map(|j| (0..count).map(move |i| (first + i, j)));
+                    let expected = expected.map(|(i, j)| stored.at(i, j));
+                    assert!(got.into_iter().map(f64::from).eq(expected), "{dims:?} {lies:?} {at} {first}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_matrix_is_turned() {
+    for ([rows, columns], stride) in [([1, 1], 1), ([3, 70], 70), ([64, 33], 64), ([8, 16], 19)] {
+        let from: Vec<f32> = (0..rows * stride).map(value).collect();
+        let mut to = vec![0.0; rows * columns];
+        transpose(&from, stride, [rows, columns], &mut to);
+        let expected: Vec<f32> = (0..rows * columns).map(|i| from[i % rows * stride + i / rows]).collect();
+        assert_eq!(to, expected);
+    }
+}
+
 #[test]
 fn bf16_rounds_to_the_nearest_even() {
     let cases = [1.0, 1.003_906_2, 1.003_906_4, 1.011_718_8, 3.4e38, -0.0, 1e-40, f32::INFINITY, f32::NAN];
@@ -159,7 +228,7 @@ fn bf16_rounds_to_the_nearest_even() {
     let cases: Vec<f32> = (0..37).map(|i| cases[i % cases.len()]).collect();
     for isa in instruction_sets() {
         let mut to = [MaybeUninit::new(bf16::ZERO); 37];
-        round(isa, &cases, &mut to);
+        round_with(isa, &cases, &mut to);
         for (x, got) in cases.iter().zip(to) {
             // SAFETY: initialised.
             let (got, expected) = (unsafe { got.assume_init() }, bf16::from_f32(*x));

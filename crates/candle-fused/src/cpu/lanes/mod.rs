@@ -52,6 +52,19 @@ pub(crate) trait Lanes:
     fn store_f16(self, to: &mut Room<f16>);
     fn store_bf16(self, to: &mut Room<bf16>);
 
+    /// In each word of 32 bits `low` rounded to bf16 in the low half, and `high` in the other.
+    #[inline(always)]
+    fn store_bf16_pairs(low: Self, high: Self, to: &mut Room<f32>) {
+        let (low, high) = (low.to_array(), high.to_array());
+        for (to, (low, high)) in to.iter_mut().zip(low.into_iter().zip(high)) {
+            let [low, high] = [low, high].map(
+                #[inline(always)]
+                |x| u32::from(bf16::from_f32(x).to_bits()),
+            );
+            to.write(f32::from_bits(low | high << 16));
+        }
+    }
+
     /// [`Self::store`] past the cache, to an address that is a multiple of 16. [`Self::fence`] orders it.
     ///
     /// # Safety
@@ -128,6 +141,20 @@ pub(crate) trait Lanes:
         lanes
     }
 
+    /// Fewer than sixteen elements of 16 or 32 bits, and `rest` after them.
+    #[inline(always)]
+    fn part<T: Copy>(from: &[T], rest: T) -> Piece<T> {
+        let mut piece = [rest; LANES];
+        piece[..from.len()].copy_from_slice(from);
+        piece
+    }
+
+    /// The first elements of a piece, of 16 or 32 bits, where there is room for fewer than sixteen.
+    #[inline(always)]
+    fn put_part<T: Copy>(piece: &Piece<T>, to: &mut [MaybeUninit<T>]) {
+        to.write_copy_of_slice(&piece[..to.len()]);
+    }
+
     /// `other` from lane `count` on.
     #[inline(always)]
     fn first(self, count: usize, other: Self) -> Self {
@@ -142,6 +169,15 @@ pub(crate) trait Lanes:
         self.join(
             #[inline(always)]
             |a, b| a + b,
+        )
+    }
+
+    /// The greatest lane, as [`Self::max`] tells it, in the order of [`Self::join`].
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        self.join(
+            #[inline(always)]
+            |a, b| if b > a { b } else { a },
         )
     }
 

@@ -95,6 +95,71 @@ fn storage_of_16_bits_is_rounded_as_half_rounds() {
 }
 
 #[test]
+fn parts_of_a_piece_are_its_first_elements() {
+    fn check<T: Element + Into<f64>, L: Lanes>(isa: Isa, of: fn(f32) -> T) {
+        for count in 0..=LANES {
+            let piece: Piece<T> = std::array::from_fn(|l| of(l as f32 + 1.0));
+            let rest = of(-1.0);
+            let got: Piece<f64> = L::part(&piece[..count], rest).map(Into::into);
+            let mut memory = [rest; LANES].map(MaybeUninit::new);
+            L::put_part(&piece, &mut memory[..count]);
+            // SAFETY: initialised above.
+            let put: Piece<f64> = memory.map(|x| unsafe { x.assume_init() }.into());
+            let expected: Piece<f64> = std::array::from_fn(|l| if l < count { l as f64 + 1.0 } else { -1.0 });
+            assert_eq!((got, put), (expected, expected), "{isa:?} {count}");
+            let numbers: Piece<f32> = std::array::from_fn(|l| l as f32 + 1.0);
+            let first = L::load(&numbers).first(count, L::splat(-1.0)).to_array().map(f64::from);
+            assert_eq!(first, expected, "{isa:?} {count}");
+        }
+    }
+    with_lanes!(|isa: L| {
+        check::<f32, L>(isa, |x| x);
+        check::<f16, L>(isa, f16::from_f32);
+        check::<bf16, L>(isa, bf16::from_f32);
+    });
+}
+
+#[test]
+fn the_greatest_lane_is_found_wherever_it_is() {
+    with_lanes!(|isa: L| {
+        for at in 0..LANES {
+            let mut numbers = [-2.0; LANES];
+            numbers[at] = 3.0;
+            assert_eq!(L::load(&numbers).greatest(), 3.0, "{isa:?} {at}");
+            for all in [f32::NEG_INFINITY, f32::NAN] {
+                let mut numbers = [all; LANES];
+                assert!(L::load(&numbers).greatest().to_bits() == all.to_bits(), "{isa:?}");
+                // The first lane's NaN stays, another is passed over: pairs join with the lower lane first.
+                numbers[at] = 1.0;
+                let expected = if all.is_nan() && at > 0 { all } else { 1.0 };
+                let got = L::load(&numbers).greatest();
+                assert!(got == expected || got.is_nan() && expected.is_nan(), "{isa:?} {at} {all}");
+            }
+        }
+    });
+}
+
+#[test]
+fn pairs_of_bf16_are_rounded_as_half_rounds() {
+    with_lanes!(|isa: L| {
+        let all = numbers();
+        for (i, low) in all.iter().enumerate() {
+            let high = &all[(i * 7 + 3) % all.len()];
+            let mut pairs = [0f32; LANES];
+            L::store_bf16_pairs(L::load(low), L::load(high), as_room(&mut pairs));
+            for (l, pair) in pairs.into_iter().enumerate() {
+                let [a, b, c, d] = pair.to_bits().to_le_bytes();
+                for (x, got) in [(low[l], [a, b]), (high[l], [c, d])] {
+                    let (got, expected) = (bf16::from_le_bytes(got), bf16::from_f32(x));
+                    let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
+                    assert!(same, "{isa:?} {x:e}: {got}, not {expected}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn every_16_bit_number_is_widened_exactly() {
     with_lanes!(|isa: L| {
         for first in (0..=u16::MAX).step_by(LANES) {

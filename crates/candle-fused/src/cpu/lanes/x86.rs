@@ -4,11 +4,12 @@
 #![expect(clippy::cast_ptr_alignment, reason = "the loads and stores say what alignment they need")]
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use half::{bf16, f16};
 
-use super::{Lanes, Piece, Room};
+use super::{LANES, Lanes, Piece, Room};
 
 /// Calls an intrinsic.
 macro_rules! x86 {
@@ -153,6 +154,18 @@ fn sum(x: __m256) -> f32 {
         let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    })
+}
+
+/// The greatest lane, in the order of [`Lanes::join`].
+#[inline(always)]
+fn greatest(x: __m256) -> f32 {
+    x86!({
+        // The instruction has the second operand where one is NaN.
+        let (low, high) = (_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_max_ps(high, low);
+        let x = _mm_max_ps(_mm_movehl_ps(x, x), x);
+        _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(x), x))
     })
 }
 
@@ -366,12 +379,24 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn greatest(self) -> f32 {
+        let [low, high] = self.0;
+        greatest(x86!(_mm256_max_ps(high, low)))
+    }
+
+    #[inline(always)]
     fn swap_pairs(self) -> Self {
         self.map(
             #[inline(always)]
             |x| x86!(_mm256_permute_ps::<0b10_11_00_01>(x)),
         )
     }
+}
+
+/// The first lanes.
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    x86!(_cvtu32_mask16(0xFFFF >> (LANES - count.min(LANES))))
 }
 
 /// One register of AVX-512.
@@ -406,8 +431,9 @@ impl Avx512 {
         x86!(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0))
     }
 
+    /// Rounded to bf16, in the upper half of each lane.
     #[inline(always)]
-    fn to_bf16(self) -> __m256i {
+    fn round_bf16(self) -> __m512i {
         x86!({
             let bits = _mm512_castps_si512(self.0);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -415,8 +441,13 @@ impl Avx512 {
             // A NaN stays one: its upper half, made quiet.
             let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-            _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet)))
+            _mm512_mask_mov_epi32(rounded, nan, quiet)
         })
+    }
+
+    #[inline(always)]
+    fn to_bf16(self) -> __m256i {
+        x86!(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(self.round_bf16())))
     }
 }
 
@@ -459,6 +490,16 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn store_bf16(self, to: &mut Room<bf16>) {
         x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), self.to_bf16()));
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(low: Self, high: Self, to: &mut Room<f32>) {
+        x86!({
+            let low = _mm512_srli_epi32::<16>(low.round_bf16());
+            // The upper half of the other word.
+            let pairs = _mm512_mask_blend_epi16(0xAAAA_AAAA, low, high.round_bf16());
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs);
+        });
     }
 
     #[inline(always)]
@@ -544,6 +585,46 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn sum(self) -> f32 {
         sum(x86!(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))))
+    }
+
+    #[inline(always)]
+    fn greatest(self) -> f32 {
+        greatest(x86!(_mm256_max_ps(_mm512_extractf32x8_ps::<1>(self.0), _mm512_castps512_ps256(self.0))))
+    }
+
+    #[inline(always)]
+    fn part<T: Copy>(from: &[T], rest: T) -> Piece<T> {
+        let (mut piece, mask) = ([rest; LANES], first(from.len()));
+        let (start, to) = (from.as_ptr(), piece.as_mut_ptr());
+        // The mask's elements are those of the slice, and bits stay bits.
+        match size_of::<T>() {
+            4 => x86!({
+                let x = _mm512_mask_loadu_epi32(_mm512_loadu_si512(to.cast()), mask, start.cast());
+                _mm512_storeu_si512(to.cast(), x);
+            }),
+            2 => x86!({
+                let x = _mm256_mask_loadu_epi16(_mm256_loadu_si256(to.cast()), mask, start.cast());
+                _mm256_storeu_si256(to.cast(), x);
+            }),
+            _ => piece[..from.len()].copy_from_slice(from),
+        }
+        piece
+    }
+
+    #[inline(always)]
+    fn put_part<T: Copy>(piece: &Piece<T>, to: &mut [MaybeUninit<T>]) {
+        let (from, mask, start) = (piece.as_ptr(), first(to.len()), to.as_mut_ptr());
+        // As above.
+        match size_of::<T>() {
+            4 => x86!(_mm512_mask_storeu_epi32(start.cast(), mask, _mm512_loadu_si512(from.cast()))),
+            2 => x86!(_mm256_mask_storeu_epi16(start.cast(), mask, _mm256_loadu_si256(from.cast()))),
+            _ => _ = to.write_copy_of_slice(&piece[..to.len()]),
+        }
+    }
+
+    #[inline(always)]
+    fn first(self, count: usize, other: Self) -> Self {
+        Self(x86!(_mm512_mask_mov_ps(other.0, first(count), self.0)))
     }
 
     #[inline(always)]
