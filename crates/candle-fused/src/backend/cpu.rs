@@ -364,9 +364,7 @@ fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const 
         tasks.push(Task { first: index * block, statistics, outputs, sums });
     }
     spread(tasks, count >= worth::<R, N, M, P>(), |scratch: &mut Vec<f32>, task| {
-        if R::SCRATCH && scratch.is_empty() {
-            scratch.resize(d, 0.0);
-        }
+        scratch.resize(if R::SCRATCH { d } else { 0 }, 0.0);
         let work = Block { row, sources: &sources, sizes, scratch, task };
         dispatch::vectorise(dispatch::isa(), work);
     });

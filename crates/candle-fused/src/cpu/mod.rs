@@ -10,6 +10,7 @@ pub(crate) mod gemm;
 mod guarded;
 pub(crate) mod lanes;
 pub(crate) mod low_rank;
+pub(crate) mod low_rank_pairs;
 pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;

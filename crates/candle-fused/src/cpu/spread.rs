@@ -3,22 +3,35 @@
 //! To wake a thread takes 10 to 30 µs, as long as many an operation. So the calling thread begins at once, rayon's others
 //! help as they come, and whoever comes when there is nothing left to do is not waited for.
 
-use std::any::Any;
+use std::any::{Any, TypeId};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
 
-/// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`.
+thread_local! {
+    /// What a thread's tasks have left, of each type.
+    static LEFT: RefCell<HashMap<TypeId, Box<dyn Any>>> = RefCell::default();
+}
+
+/// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`, and keeps it for
+/// the next tasks with such a one: memory that has been asked for, and read, is not asked for again.
 ///
 /// # Panics
 /// If `run` does.
-pub(crate) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
+pub(crate) fn spread<T: Send, S: Default + 'static>(
+    tasks: Vec<T>,
+    worth: bool,
+    run: impl Fn(&mut S, T) + Sync,
+) {
     let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
     let queue = Mutex::new(tasks.into_iter());
     let work = || {
-        let mut state = S::default();
+        let left = LEFT.with_borrow_mut(|left| left.remove(&TypeId::of::<S>()));
+        let mut state: Box<S> = left.and_then(|left| left.downcast().ok()).unwrap_or_default();
         loop {
             let task = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
             match task {
@@ -26,6 +39,7 @@ pub(crate) fn spread<T: Send, S: Default>(tasks: Vec<T>, worth: bool, run: impl 
                 None => break,
             }
         }
+        LEFT.with_borrow_mut(|left| left.insert(TypeId::of::<S>(), state));
     };
     if threads > 1 { with_help(threads - 1, &work) } else { work() }
 }
@@ -138,6 +152,20 @@ mod tests {
                 });
                 assert_eq!(done, (1..=count).collect::<Vec<_>>());
             }
+        }
+    }
+
+    #[test]
+    fn a_thread_keeps_what_its_tasks_have_left() {
+        #[derive(Default)]
+        struct Left(Vec<usize>);
+        for round in 1..4 {
+            spread(vec![()], false, |left: &mut Left, ()| {
+                left.0.push(0);
+                assert_eq!(left.0.len(), round);
+                // Others of the same kind begin anew while these are under way.
+                spread(vec![()], false, |other: &mut Left, ()| assert!(other.0.is_empty()));
+            });
         }
     }
 

@@ -15,7 +15,8 @@ use crate::backend::products::{self, LowRankGradients, product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
-use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
+use crate::cpu::gemm::{Left, Matrix, Product, Start, multiplies_parts, sum_of_products};
+use crate::cpu::low_rank_pairs::{self, Contraction, Expansion, Update, Wanted};
 use crate::graph::{self, Backward, Reads, tracked};
 use crate::ops::low_rank_products;
 use crate::philox::{halves, philox4x32};
@@ -319,12 +320,15 @@ impl LowRank {
     }
 }
 
+/// Whether a product of `x [n, in]` and `b [out, r]` has nothing to compute, or nothing to compute it from.
+fn is_empty(x: &Tensor, b: &Tensor) -> bool {
+    x.elem_count() == 0 || b.elem_count() == 0
+}
+
 /// Whether there is something to compute in rows that lie in one piece, with so few ranks that these are the way.
 fn low_rank_serves(x: &Tensor, b: &Tensor) -> bool {
     const RANKS: usize = 32;
-    let (Ok((n, inputs)), Ok((outputs, rank))) = (x.dims2(), b.dims2()) else { return false };
-    let in_rows = x.stride()[1] == 1;
-    in_rows && n * inputs * outputs > 0 && (1..=RANKS).contains(&rank)
+    x.stride()[1] == 1 && !is_empty(x, b) && b.dims()[1] <= RANKS
 }
 
 struct Forward<'a> {
@@ -338,12 +342,39 @@ struct Forward<'a> {
     bias: Option<&'a Tensor>,
 }
 
+impl Forward<'_> {
+    /// In pairs of bf16, where these are the way.
+    fn in_pairs(&self) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        let Self { call, x, a, b, bias } = *self;
+        if call.dropout.is_some() || is_empty(x, b) {
+            return Ok(None);
+        }
+        with_matrices([x, a, b, call.weight.as_ref().unwrap_or(b)], |[x, a, b, weight]| {
+            if !multiplies_parts(&x) {
+                return Ok(None);
+            }
+            let (n, rank, outputs) = (x.rows, a.rows, b.rows);
+            let (a, b) = (Contraction::new(a)?, Expansion::new(b.t()));
+            let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
+            let base = call.weight.is_some().then(|| Product { left: x, right: weight.t() });
+            let products: Vec<_> = base.into_iter().chain([update.product()?]).collect();
+            let bias = bias.map(to_vec).transpose()?;
+            let start = bias.as_deref().map_or(Start::Zero, Start::Row);
+            let y = product(DType::BF16, [n, outputs], start, &products)?;
+            Ok(Some((y, Some(Tensor::from_vec(h, (n, rank), &Device::Cpu)?))))
+        })
+    }
+}
+
 impl Kernel for Forward<'_> {
     /// The result `[n, out]`, and `h` where it is kept.
     type Output = (Tensor, Option<Tensor>);
 
     fn cpu(&self) -> Result<Self::Output> {
         let Self { call, x, a, b, bias } = *self;
+        if let Some(output) = self.in_pairs()? {
+            return Ok(output);
+        }
         if call.weight.is_none() && call.dropout.is_none() && bias.is_none() && low_rank_serves(x, b) {
             let delta = |[x, a, b]: [Matrix; 3]| products::low_rank(x, a, b, call.scaling);
             let (y, h) = with_matrices([x, a, b], delta)?;
@@ -469,6 +500,39 @@ struct Gradients<'a> {
     wanted: LoraGradients,
 }
 
+impl Gradients<'_> {
+    /// In pairs of bf16, where these are the way.
+    fn in_pairs(&self, h: &Tensor) -> Result<Option<[Option<Tensor>; 3]>> {
+        let Self { saved: LowRankBackward { call, .. }, x, a, b, grad, wanted } = *self;
+        if call.dropout.is_some() || is_empty(x, b) {
+            return Ok(None);
+        }
+        let dtypes = [a.dtype(), b.dtype()];
+        with_matrices([x, a, b, h, grad, call.weight.as_ref().unwrap_or(a)], |[x, a, b, h, grad, weight]| {
+            if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
+                return Ok(None);
+            }
+            let (a, b, h) = (Expansion::new(a), Contraction::new(b.t())?, h.rows_f32());
+            let of = |wanted: bool, dtype| wanted.then_some(Wanted { short: dtype != DType::F32 });
+            let wanted = (wanted.x, of(wanted.a, dtypes[0]), of(wanted.b, dtypes[1]));
+            let gradients = low_rank_pairs::gradients([&x, &grad], &h, (&a, &b), call.scaling, wanted);
+            let of_factor = |(gradient, dtype): (Option<Vec<f32>>, DType), dims: [usize; 2]| {
+                let stored = |sums| Tensor::from_vec(sums, (dims[0], dims[1]), &Device::Cpu)?.to_dtype(dtype);
+                gradient.map(stored).transpose()
+            };
+            let rank = h.len() / x.rows;
+            let da = of_factor((gradients.a, dtypes[0]), [rank, x.columns])?;
+            let db = of_factor((gradients.b, dtypes[1]), [grad.columns, rank])?;
+            let dx = |update: Update| {
+                let base = call.weight.is_some().then_some(Product { left: grad, right: weight });
+                let products: Vec<_> = base.into_iter().chain([update.product()?]).collect();
+                product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)
+            };
+            Ok(Some([gradients.update.map(dx).transpose()?, da, db]))
+        })
+    }
+}
+
 impl Kernel for Gradients<'_> {
     /// Those of `x [n, in]`, `a [r, in]` and `b [out, r]` that are wanted.
     type Output = [Option<Tensor>; 3];
@@ -477,6 +541,9 @@ impl Kernel for Gradients<'_> {
         let Self { saved: LowRankBackward { call, h }, x, a, b, grad, wanted } = *self;
         let mut gradients = [None, None, None];
         let Some(h) = h else { return Ok(gradients) };
+        if let Some(gradients) = self.in_pairs(h)? {
+            return Ok(gradients);
+        }
         let (weight, dtypes) = (call.weight.as_ref(), [x.dtype(), a.dtype(), b.dtype()]);
         let input = if wanted.a { call.dropped(x)? } else { None };
         let matrices = [input.as_ref().unwrap_or(x), a, b, h, grad, weight.unwrap_or(a)];

@@ -9,8 +9,9 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::ptr;
 
-use super::kernel::Tile;
+use super::kernel::{MAX_PAIR_STEPS, PairSteps, Tile};
 
 /// Rows and columns of a tile.
 pub(super) const SIDE: usize = 32;
@@ -80,16 +81,16 @@ pub(super) unsafe fn end() {
 unsafe fn configure(configuration: &Configuration) {
     // SAFETY: the caller's promise; 64 bytes are read.
     unsafe {
-        asm!("ldtilecfg [{}]", in(reg) std::ptr::from_ref(configuration), options(nostack, readonly));
+        asm!("ldtilecfg [{}]", in(reg) ptr::from_ref(configuration), options(nostack, readonly));
     }
 }
 
 /// # Safety
 /// That of [`PairTileFn`](super::kernel::PairTileFn), for all [`SIDE`] columns; after [`begin`].
-pub(super) unsafe fn tile(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32) {
+pub(super) unsafe fn tile(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
     if tile.rows == SIDE {
         // SAFETY: the caller's promise.
-        return unsafe { configured(tile, HALF, left, right, out) };
+        return unsafe { configured(tile, HALF, steps, out) };
     }
     // With few rows both halves are the same rows, computed twice.
     let first = if tile.rows > HALF { HALF } else { 0 };
@@ -98,7 +99,7 @@ pub(super) unsafe fn tile(tile: &Tile, left: *const u16, right: *const u32, out:
     // SAFETY: the unit is configured, so it is usable, and no register's content outlives a tile.
     unsafe {
         configure(&partial);
-        configured(tile, first, left, right, out);
+        configured(tile, first, steps, out);
         configure(&WHOLE);
     }
 }
@@ -107,41 +108,73 @@ pub(super) unsafe fn tile(tile: &Tile, left: *const u16, right: *const u32, out:
 ///
 /// # Safety
 /// That of [`tile`].
-unsafe fn configured(tile: &Tile, first: usize, left: *const u16, right: *const u32, out: *mut f32) {
-    let (blocks, rest) = (tile.k / STEPS, tile.k % STEPS);
+unsafe fn configured(tile: &Tile, first: usize, steps: &[PairSteps], out: *mut f32) {
     let sums = Sums { out: [out, out.wrapping_add(first * tile.out_stride)], stride: tile.out_stride };
-    if blocks > 0 {
-        let left =
-            Left { halves: [left, left.wrapping_add(first * tile.row_stride)], stride: tile.row_stride };
+    let mut runs = [Run::default(); MAX_PAIR_STEPS];
+    let mut count = 0;
+    for steps in steps.iter().filter(|steps| steps.k >= STEPS) {
+        runs[count] = Run::of(steps, first, steps.k / STEPS);
+        count += 1;
+    }
+    let mut begun = tile.accumulate;
+    if count > 0 {
         // SAFETY: whole blocks of steps are within both matrices; the rest is the caller's promise.
-        unsafe { sums.add(&left, right, blocks, tile.accumulate) };
+        unsafe { sums.add(&runs[..count], begun) };
+        begun = true;
     }
-    if rest == 0 {
-        return;
+    for steps in steps.iter().filter(|steps| !steps.k.is_multiple_of(STEPS)) {
+        // SAFETY: the caller's promise.
+        unsafe { last(tile, first, steps, &sums, begun) };
+        begun = true;
     }
-    // Fewer steps than a register has, beside zeros.
+}
+
+/// Fewer steps than a register has, beside zeros.
+///
+/// # Safety
+/// That of [`tile`].
+unsafe fn last(tile: &Tile, first: usize, steps: &PairSteps, sums: &Sums, accumulate: bool) {
+    let (blocks, rest) = (steps.k / STEPS, steps.k % STEPS);
     let (mut rows, mut words) = ([0u16; SIDE * STEPS], [0u32; SIDE * WORDS]);
     for (i, to) in rows.chunks_exact_mut(STEPS).enumerate().take(tile.rows) {
         // SAFETY: the row's last steps.
         unsafe {
-            to.as_mut_ptr().copy_from_nonoverlapping(left.add(i * tile.row_stride + blocks * STEPS), rest);
+            let from = steps.left.add(i * steps.row_stride + blocks * STEPS);
+            to.as_mut_ptr().copy_from_nonoverlapping(from, rest);
         };
     }
     // SAFETY: the packed words of these steps, an odd last one with its zero.
     unsafe {
-        words
-            .as_mut_ptr()
-            .copy_from_nonoverlapping(right.add(blocks * WORDS * SIDE), rest.div_ceil(2) * SIDE);
+        let from = steps.right.add(blocks * WORDS * SIDE);
+        words.as_mut_ptr().copy_from_nonoverlapping(from, rest.div_ceil(2) * SIDE);
     }
-    let left = Left { halves: [rows.as_ptr(), rows.as_ptr().wrapping_add(first * STEPS)], stride: STEPS };
+    let steps = PairSteps { left: rows.as_ptr(), row_stride: STEPS, right: words.as_ptr(), k: STEPS };
     // SAFETY: one block of steps in both buffers, and the sums as above.
-    unsafe { sums.add(&left, words.as_ptr(), 1, tile.accumulate || blocks > 0) };
+    unsafe { sums.add(&[Run::of(&steps, first, 1)], accumulate) };
 }
 
-/// The left matrix of a tile: its halves' first rows, and how far rows are apart.
-struct Left {
+/// Blocks of steps as the loop reads them, word by word: where the left matrix's halves begin, how many bytes its rows are
+/// apart, where the right one begins, and how many blocks there are, at least one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Run {
     halves: [*const u16; 2],
-    stride: usize,
+    row_bytes: usize,
+    right: *const u32,
+    blocks: usize,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self { halves: [ptr::null(); 2], row_bytes: 0, right: ptr::null(), blocks: 0 }
+    }
+}
+
+impl Run {
+    fn of(steps: &PairSteps, first: usize, blocks: usize) -> Self {
+        let halves = [steps.left, steps.left.wrapping_add(first * steps.row_stride)];
+        Self { halves, row_bytes: steps.row_stride * size_of::<u16>(), right: steps.right, blocks }
+    }
 }
 
 /// A tile's sums in memory, by halves.
@@ -151,13 +184,12 @@ struct Sums {
 }
 
 impl Sums {
-    /// Adds `blocks` blocks of steps to the sums, or writes them there.
+    /// Adds the products of the runs, at least one, to the sums, or writes them there.
     ///
     /// # Safety
-    /// At least one block; the unit is configured; each half's rows, as many as the configuration says, have the blocks'
-    /// steps, and `right` has them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are
-    /// added to.
-    unsafe fn add(&self, left: &Left, right: *const u32, blocks: usize, accumulate: bool) {
+    /// The unit is configured; each half's rows, as many as the configuration says, have the blocks' steps, and `right` has
+    /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to.
+    unsafe fn add(&self, runs: &[Run], accumulate: bool) {
         // SAFETY: registers are loaded from and stored to what the caller promises.
         unsafe {
             asm!(
@@ -172,6 +204,12 @@ impl Sums {
                 "tileloadd tmm2, [{lower} + {out_stride} * 1]",
                 "tileloadd tmm3, [{lower} + {out_stride} * 1 + 64]",
                 "2:",
+                "mov {first}, [{runs}]",
+                "mov {second}, [{runs} + 8]",
+                "mov {left_stride}, [{runs} + 16]",
+                "mov {right}, [{runs} + 24]",
+                "mov {blocks}, [{runs} + 32]",
+                "3:",
                 "tileloadd tmm4, [{first} + {left_stride} * 1]",
                 "tileloadd tmm6, [{right} + {right_stride} * 1]",
                 "tileloadd tmm7, [{right} + {right_stride} * 1 + 64]",
@@ -184,6 +222,9 @@ impl Sums {
                 "add {second}, 64",
                 "add {right}, 2048",
                 "dec {blocks}",
+                "jnz 3b",
+                "add {runs}, {run}",
+                "dec {count}",
                 "jnz 2b",
                 "tilestored [{upper} + {out_stride} * 1], tmm0",
                 "tilestored [{upper} + {out_stride} * 1 + 64], tmm1",
@@ -193,12 +234,15 @@ impl Sums {
                 upper = in(reg) self.out[0],
                 lower = in(reg) self.out[1],
                 out_stride = in(reg) self.stride * size_of::<f32>(),
-                first = inout(reg) left.halves[0] => _,
-                second = inout(reg) left.halves[1] => _,
-                left_stride = in(reg) left.stride * size_of::<u16>(),
-                right = inout(reg) right => _,
+                runs = inout(reg) runs.as_ptr() => _,
+                run = const size_of::<Run>(),
+                count = inout(reg) runs.len() => _,
+                first = out(reg) _,
+                second = out(reg) _,
+                left_stride = out(reg) _,
+                right = out(reg) _,
                 right_stride = in(reg) SIDE * size_of::<u32>(),
-                blocks = inout(reg) blocks => _,
+                blocks = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),

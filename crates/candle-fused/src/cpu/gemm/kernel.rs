@@ -11,7 +11,7 @@ use super::STEPS;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx;
 
-/// One tile's work.
+/// One tile's work. Its steps, and where the left matrix's are, are those of f32.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// Rows, at most [`Kernel::rows`] and at least 1.
@@ -38,10 +38,23 @@ pub(super) struct Tile {
 /// use, and initialised if the tile accumulates. The processor has the kernel's instructions.
 pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const f32, out: *mut f32);
 
-/// As [`TileFn`] for bf16, by pairs of steps: `left` has a column stride of 1, `right` holds for each two steps the
-/// columns' pairs side by side, the last pair filled up with zero; `k` counts steps.
-pub(super) type PairTileFn = unsafe fn(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32);
+/// Steps of a bf16 tile: the left matrix at the tile's first row and the first step, its columns side by side, and the
+/// packed right one, which holds for each two steps the columns' pairs side by side, the last pair filled up with zero.
+#[derive(Clone, Copy)]
+pub(super) struct PairSteps {
+    pub left: *const u16,
+    /// Between rows of the left matrix, in elements.
+    pub row_stride: usize,
+    pub right: *const u32,
+    /// How many steps.
+    pub k: usize,
+}
 
+/// As [`TileFn`] for bf16, by pairs of steps of one product after the other.
+pub(super) type PairTileFn = unsafe fn(tile: &Tile, steps: &[PairSteps], out: *mut f32);
+
+/// The most products whose steps one tile takes.
+pub(super) const MAX_PAIR_STEPS: usize = 2;
 /// The most rows of any tile.
 pub(super) const MAX_ROWS: usize = 32;
 
@@ -51,6 +64,8 @@ pub(super) struct Pairs {
     pub rows: usize,
     /// As [`Kernel::halves`].
     pub halves: bool,
+    /// Whether several products of pairs are faster than one in f32.
+    pub fast: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
     /// What a thread calls before its tiles, and after them, while nothing else uses what they prepare.
@@ -85,6 +100,7 @@ impl Kernel {
                 pairs: Some(Pairs {
                     rows: 12,
                     halves: true,
+                    fast: false,
                     steps: STEPS,
                     around: [|| {}, || {}],
                     tile: x86::avx512_pairs,
@@ -101,6 +117,7 @@ impl Kernel {
                 pairs: Some(Pairs {
                     rows: amx::SIDE,
                     halves: false,
+                    fast: true,
                     steps: 4 * STEPS,
                     around: [amx::begin, amx::end],
                     tile: amx::tile,
@@ -189,7 +206,7 @@ mod x86 {
         _mm512_setzero_si512, _mm512_storeu_ps,
     };
 
-    use super::Tile;
+    use super::{PairSteps, Tile};
 
     macro_rules! float_kernel {
         ($name:ident, $rows:ident, $step:ident, $features:literal, $lanes:literal, $vector:ty, $zero:ident, $load:ident,
@@ -280,36 +297,32 @@ mod x86 {
     /// # Safety
     /// That of [`PairTileFn`](super::PairTileFn).
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn avx512_pairs(tile: &Tile, left: *const u16, right: *const u32, out: *mut f32) {
+    pub(super) unsafe fn avx512_pairs(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe {
             if tile.columns <= 16 {
-                with_rows!(tile.rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => pair_rows::<R, 1>(tile, left, right, out));
+                with_rows!(tile.rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => pair_rows::<R, 1>(tile, steps, out));
             } else {
-                with_rows!(tile.rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => pair_rows::<R, 2>(tile, left, right, out));
+                with_rows!(tile.rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => pair_rows::<R, 2>(tile, steps, out));
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn pair_rows<const R: usize, const V: usize>(
-        tile: &Tile,
-        left: *const u16,
-        right: *const u32,
-        out: *mut f32,
-    ) {
+    unsafe fn pair_rows<const R: usize, const V: usize>(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
-        let (mut left, mut right) = (left, right);
-        // SAFETY: as many pairs as both matrices have, and a last step alone where `k` is odd, of which one element of
-        // each row is read.
-        unsafe {
-            for _ in 0..tile.k / 2 {
-                pair_step(&mut sums, right, |i| left.add(i * tile.row_stride).cast::<i32>().read_unaligned());
-                left = left.wrapping_add(2);
-                right = right.wrapping_add(32);
-            }
-            if tile.k % 2 == 1 {
-                pair_step(&mut sums, right, |i| i32::from(*left.add(i * tile.row_stride)));
+        for &PairSteps { mut left, row_stride, mut right, k } in steps {
+            // SAFETY: as many pairs as both matrices have, and a last step alone where `k` is odd, of which one element of
+            // each row is read.
+            unsafe {
+                for _ in 0..k / 2 {
+                    pair_step(&mut sums, right, |i| left.add(i * row_stride).cast::<i32>().read_unaligned());
+                    left = left.wrapping_add(2);
+                    right = right.wrapping_add(32);
+                }
+                if k % 2 == 1 {
+                    pair_step(&mut sums, right, |i| i32::from(*left.add(i * row_stride)));
+                }
             }
         }
         for (i, sums) in sums.iter().enumerate() {

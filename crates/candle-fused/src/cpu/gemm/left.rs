@@ -57,6 +57,12 @@ pub(crate) fn multiplies_pairs() -> bool {
     Kernel::of(dispatch::isa()).pairs.is_some()
 }
 
+/// Whether products with these rows are best of bf16 pairs, also where the other matrix is f32 and has to be split.
+pub(crate) fn multiplies_parts(rows: &Matrix) -> bool {
+    let fast = Kernel::of(dispatch::isa()).pairs.is_some_and(|pairs| pairs.fast);
+    fast && rows.rows > dot::ROWS && reads_pairs(rows)
+}
+
 /// Whether pairs are read of a left matrix as it lies.
 pub(super) fn reads_pairs(left: &Matrix) -> bool {
     matches!(left.data, Data::BF16(_)) && left.in_rows().is_some()

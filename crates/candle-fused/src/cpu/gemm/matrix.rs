@@ -49,7 +49,7 @@ impl Data<'_> {
 /// A matrix of f32, f16 or bf16; every element lies within its data.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
-    pub(super) data: Data<'a>,
+    pub(crate) data: Data<'a>,
     offset: usize,
     pub(crate) rows: usize,
     pub(crate) columns: usize,

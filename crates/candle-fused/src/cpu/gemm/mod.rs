@@ -40,14 +40,16 @@ use super::rows::{load_part, store_part};
 use super::spread::spread;
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
-pub(crate) use left::{Columns, Left, multiplies_pairs};
+pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts};
 use left::{lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 pub(crate) use right::{Right, whole};
-use tiles::{ROWS, Steps};
+use tiles::{Block, ROWS, Steps};
 
 /// Steps of the common dimension in one piece.
 const STEPS: usize = 256;
+/// Steps of pairs that are added up with those of the product before.
+const FEW_STEPS: usize = 256;
 /// Columns in one task's block, unless there are too few for all threads.
 const COLUMNS: usize = 256;
 /// Rows of a 16-bit result that are summed up in f32 at a time: whole tiles of every kind.
@@ -311,7 +313,7 @@ impl Sum<'_> {
             return;
         }
         // Packed once for all rows, where it fits beside their sums.
-        let pieces: Vec<Piece> = self.pieces(columns.len()).collect();
+        let pieces = self.pieces(columns.len());
         let size = pieces.iter().map(|piece| piece.size).sum::<usize>();
         let at_once = size <= PACKED && rows.len() > ROUNDED_ROWS;
         if at_once {
@@ -333,7 +335,7 @@ impl Sum<'_> {
                     let mut packed = &scratch.packed[..];
                     for piece in &pieces {
                         let (panels, rest) = packed.split_at(piece.size);
-                        piece.steps.add(panels, rows.clone(), width, sums, width, begun);
+                        piece.block.add(panels, rows.clone(), width, sums, width, begun);
                         (packed, begun) = (rest, true);
                     }
                 } else {
@@ -395,39 +397,66 @@ impl Sum<'_> {
             let panels = room(packed, piece.size);
             piece.pack(self.isa, columns.clone(), panels);
             // SAFETY: the caller's promise.
-            unsafe { piece.steps.add(panels, rows.clone(), columns.len(), out, stride, accumulate) };
+            unsafe { piece.block.add(panels, rows.clone(), columns.len(), out, stride, accumulate) };
             accumulate = true;
         }
     }
 
     /// The pieces of all products for a block of so many columns, in the order of the sum.
-    fn pieces(&self, columns: usize) -> impl Iterator<Item = Piece<'_>> {
+    fn pieces(&self, columns: usize) -> Vec<Piece<'_>> {
         let kernel = self.kernel;
         let padded = columns.next_multiple_of(kernel.columns);
-        self.terms.iter().flat_map(move |Product { left, right }| {
+        let mut pieces: Vec<Piece> = Vec::new();
+        for Product { left, right } in self.terms {
             let pairs = kernel.pairs.filter(|_| takes_pairs(kernel.pairs, left, right));
-            cut(pairs, left.columns).map(move |range| {
+            for range in cut(pairs, left.columns) {
                 let words = tiles::words(pairs, range.len());
-                Piece { size: words * padded, steps: Steps { kernel, left, pairs, range, words }, right }
-            })
-        })
+                let steps = Steps { kernel, left, pairs, range, words };
+                let size = words * padded;
+                match pieces.last_mut() {
+                    Some(last) if last.takes(&steps) => {
+                        last.rights.push(right);
+                        last.block.then = Some(steps);
+                        last.size += size;
+                    }
+                    _ => {
+                        let block = Block { steps, then: None, padded };
+                        pieces.push(Piece { block, rights: vec![right], size });
+                    }
+                }
+            }
+        }
+        pieces
     }
 }
 
-/// A piece of the common dimension of one product, for some columns.
+/// A piece of the common dimension of one product, for some columns, or of two.
 struct Piece<'a> {
-    steps: Steps<'a>,
-    right: &'a Matrix<'a>,
+    block: Block<'a>,
+    rights: Vec<&'a Matrix<'a>>,
     /// Words of all panels.
     size: usize,
 }
 
 impl Piece<'_> {
-    /// Packs its part of the right matrix.
+    /// Whether these are a few steps to be added with its own.
+    fn takes(&self, steps: &Steps) -> bool {
+        let Block { steps: first, then, .. } = &self.block;
+        then.is_none() && first.pairs.is_some() && steps.pairs.is_some() && steps.range.len() <= FEW_STEPS
+    }
+
+    /// Packs its parts of the right matrices.
     fn pack(&self, isa: Isa, columns: Range<usize>, to: &mut [f32]) {
-        let Steps { kernel, pairs, range, .. } = &self.steps;
-        let pack = if pairs.is_some() { pack::pack_pairs } else { pack::pack };
-        pack(isa, self.right, range.clone(), columns, kernel.columns, to);
+        let Block { steps, then, padded } = &self.block;
+        let mut to = to;
+        for (Steps { kernel, pairs, range, words, .. }, right) in
+            [steps].into_iter().chain(then).zip(&self.rights)
+        {
+            let (panels, rest) = to.split_at_mut(words * padded);
+            let pack = if pairs.is_some() { pack::pack_pairs } else { pack::pack };
+            pack(isa, right, range.clone(), columns.clone(), kernel.columns, panels);
+            to = rest;
+        }
     }
 }
 

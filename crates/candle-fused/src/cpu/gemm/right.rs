@@ -6,7 +6,7 @@ use super::super::dispatch;
 use super::kernel::{Kernel, Pairs};
 use super::left::{Left, reads_pairs};
 use super::matrix::Matrix;
-use super::tiles::{self, Steps};
+use super::tiles::{self, Block, Steps};
 use super::{cut, pack, room};
 
 /// So many columns, and the others that are computed with them.
@@ -31,6 +31,10 @@ impl Right {
         let mut packed = Self::default();
         packed.pack(right, in_pairs);
         packed
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
     }
 
     /// Packs a matrix in the place of the one before: in pairs of bf16, to which f32 is rounded, or in f32. In pairs it takes a
@@ -85,8 +89,9 @@ impl Right {
             let (here, rest) = panels.split_at(*size);
             let range = range.start..range.end.min(left.columns);
             let steps = Steps { kernel, left, pairs: self.pairs, range, words: size / padded };
+            let block = Block { steps, then: None, padded };
             // SAFETY: the result is initialised, as large as is said, and nobody else's.
-            unsafe { steps.add(here, 0..left.rows, columns, to.as_mut_ptr(), stride, begun) };
+            unsafe { block.add(here, 0..left.rows, columns, to.as_mut_ptr(), stride, begun) };
             (panels, begun) = (rest, true);
         }
         if !begun {

@@ -1,8 +1,11 @@
 //! Some steps of the common dimension, tile by tile.
+//!
+//! Sums are loaded and stored once for a block of steps, so that a few steps are best added to many others: those of LoRA's
+//! update to its base product's.
 
 use std::ops::Range;
 
-use super::kernel::{self, Kernel, Pairs, Tile};
+use super::kernel::{self, Kernel, PairSteps, Pairs, Tile};
 use super::matrix::{Data, Matrix};
 use super::pack;
 
@@ -25,8 +28,17 @@ pub(super) fn words(pairs: Option<Pairs>, steps: usize) -> usize {
     if pairs.is_some() { steps.div_ceil(2) } else { steps }
 }
 
-impl Steps<'_> {
-    /// Adds their products for these rows and the first columns of the panels to `out`, or writes them there.
+/// Steps of one product, or of pairs of two, which are added up together.
+pub(super) struct Block<'a> {
+    pub(super) steps: Steps<'a>,
+    pub(super) then: Option<Steps<'a>>,
+    /// Columns of the panels, with those that fill them up.
+    pub(super) padded: usize,
+}
+
+impl Block<'_> {
+    /// Adds the products of these rows and the first columns of the panels, first those of `steps`, then of `then`, to `out`, or
+    /// writes them there.
     ///
     /// # Safety
     /// `out` has the columns in each of the rows, `stride` apart, initialised if they are added to.
@@ -39,28 +51,29 @@ impl Steps<'_> {
         stride: usize,
         accumulate: bool,
     ) {
-        let (wide, size) = (self.kernel.columns, self.words * self.kernel.columns);
-        let tall = self.pairs.map_or(self.kernel.rows, |pairs| pairs.rows);
-        let [begin, end] = self.pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
+        let Steps { kernel, left, pairs, ref range, .. } = self.steps;
+        let wide = kernel.columns;
+        let tall = pairs.map_or(kernel.rows, |pairs| pairs.rows);
+        let [begin, end] = pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
         // SAFETY: the tiles between are on this thread, and are all that uses what this prepares.
         unsafe { begin() };
         for first in rows.clone().step_by(ROWS) {
-            for (j, panel) in panels.chunks_exact(size).take(columns.div_ceil(wide)).enumerate() {
+            for j in 0..columns.div_ceil(wide) {
                 let count = wide.min(columns - j * wide);
                 for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
                     let tile = Tile {
                         rows: tall.min(rows.end - i),
                         columns: count,
-                        k: self.range.len(),
-                        row_stride: self.left.row_stride,
-                        column_stride: self.left.column_stride,
+                        k: range.len(),
+                        row_stride: left.row_stride,
+                        column_stride: left.column_stride,
                         out_stride: stride,
                         accumulate,
                     };
                     // SAFETY: a tile of the block.
                     unsafe {
                         let out = out.add((i - rows.start) * stride + j * wide);
-                        self.tile(tile, i, panel, out);
+                        self.tile(tile, (i, j), panels, out);
                     }
                 }
             }
@@ -69,23 +82,24 @@ impl Steps<'_> {
         unsafe { end() };
     }
 
-    /// One tile, by way of a buffer where it has fewer columns than are computed.
+    /// The tile at a row and a panel, by way of a buffer where it has fewer columns than are computed.
     ///
     /// # Safety
     /// `out` has the tile's columns in each of its rows, initialised if it accumulates.
-    unsafe fn tile(&self, tile: Tile, row: usize, panel: &[f32], out: *mut f32) {
-        let half = self.kernel.columns / 2;
-        let halves = self.pairs.map_or(self.kernel.halves, |pairs| pairs.halves);
-        let computed = if halves && tile.columns <= half { half } else { self.kernel.columns };
+    unsafe fn tile(&self, tile: Tile, at: (usize, usize), panels: &[f32], out: *mut f32) {
+        let Steps { kernel, pairs, .. } = self.steps;
+        let half = kernel.columns / 2;
+        let halves = pairs.map_or(kernel.halves, |pairs| pairs.halves);
+        let computed = if halves && tile.columns <= half { half } else { kernel.columns };
         if tile.columns == computed {
             // SAFETY: the tile's columns are all that is computed.
-            unsafe { self.run(&tile, row, panel, out) };
+            unsafe { self.run(&tile, at, panels, out) };
             return;
         }
         let mut buffer = [0f32; kernel::MAX_ROWS * pack::MAX_WIDTH];
         let buffered = Tile { out_stride: computed, accumulate: false, ..tile };
         // SAFETY: the buffer has all columns of every row.
-        unsafe { self.run(&buffered, row, panel, buffer.as_mut_ptr()) };
+        unsafe { self.run(&buffered, at, panels, buffer.as_mut_ptr()) };
         for (i, from) in buffer.chunks_exact(computed).enumerate().take(tile.rows) {
             for (j, &x) in from.iter().enumerate().take(tile.columns) {
                 // SAFETY: the tile's own columns.
@@ -99,19 +113,32 @@ impl Steps<'_> {
 
     /// # Safety
     /// `out` has all columns that are computed in each of the tile's rows, initialised if it accumulates.
-    unsafe fn run(&self, tile: &Tile, row: usize, panel: &[f32], out: *mut f32) {
-        let left = self.left;
-        let start = left.index(row, self.range.start);
-        // SAFETY: the left matrix's elements lie within its data, those of these rows and steps too; the panel has the
+    unsafe fn run(&self, tile: &Tile, (row, panel): (usize, usize), panels: &[f32], out: *mut f32) {
+        let Self { steps, then, padded } = self;
+        let panel_of = |steps: &Steps| panel * steps.words * steps.kernel.columns;
+        // SAFETY: the left matrices' elements lie within their data, those of these rows and steps too; a panel has the
         // steps' packed columns; the caller promises the rest.
         unsafe {
-            match (left.data, self.pairs) {
-                (Data::F32(data), _) => {
-                    (self.kernel.tile)(tile, data.as_ptr().add(start), panel.as_ptr(), out);
+            let Some(pairs) = steps.pairs else {
+                if let Data::F32(data) = steps.left.data {
+                    let left = data.as_ptr().add(steps.left.index(row, steps.range.start));
+                    (steps.kernel.tile)(tile, left, panels.as_ptr().add(panel_of(steps)), out);
                 }
-                (Data::BF16(data), Some(pairs)) => {
-                    (pairs.tile)(tile, data.as_ptr().add(start).cast(), panel.as_ptr().cast(), out);
-                }
+                return;
+            };
+            let of = |steps: &Steps, panel: usize| {
+                let Data::BF16(data) = steps.left.data else { return None };
+                Some(PairSteps {
+                    left: data.as_ptr().add(steps.left.index(row, steps.range.start)).cast(),
+                    row_stride: steps.left.row_stride,
+                    right: panels.as_ptr().add(panel).cast(),
+                    k: steps.range.len(),
+                })
+            };
+            let second = then.as_ref().and_then(|then| of(then, steps.words * padded + panel_of(then)));
+            match (of(steps, panel_of(steps)), second) {
+                (Some(first), Some(second)) => (pairs.tile)(tile, &[first, second], out),
+                (Some(first), None) => (pairs.tile)(tile, &[first], out),
                 _ => {}
             }
         }

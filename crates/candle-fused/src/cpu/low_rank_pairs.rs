@@ -1,0 +1,445 @@
+//! LoRA beside bf16 rows on a processor's matrix unit: the products of [`low_rank`](super::low_rank) in pairs of bf16.
+//!
+//! Rows and gradients are multiplied as they are stored. What is f32 is the sum of parts in bf16: a float's 24 bits are three
+//! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact. Factors of f32 are
+//! split so, and `h` and `e` for the gradient of such a factor. Two parts, which are a float within 2⁻¹⁶ of it, serve what
+//! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor.
+//!
+//! The update is a term of the base's sum ([`Update`]). For the rest some rows are taken at a time, which stay in the cache.
+
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
+use std::borrow::Cow;
+use std::mem::MaybeUninit;
+
+use candle_core::{Result, bail};
+use half::bf16;
+
+use super::dispatch::{self, Vectorised};
+use super::gemm::{self, Data, Matrix, PARALLEL, Product, Right};
+use super::lanes::{LANES, Lanes};
+use super::rows::{load_part, store_part};
+use super::spread::spread;
+
+/// Rows, columns and steps of what the matrix unit multiplies at once.
+const UNIT: usize = 32;
+/// The fewest rows of a task, and the most tasks: each has sums of the factors' gradients.
+const TASK_ROWS: usize = 128;
+const TASKS: usize = 16;
+/// Columns of rows that are packed at a time, a multiple of [`UNIT`].
+const COLUMNS: usize = 128;
+/// Elements of the rows that are taken at a time.
+const BLOCK: usize = 1 << 18;
+
+/// One part of each number, 0 the largest; the last that is taken is rounded, so that the sum of those before and it is as
+/// close as they can be. Beyond bf16's range the first is infinite, and the others are 0.
+struct Split<'a> {
+    from: &'a [f32],
+    part: usize,
+    to: &'a mut [MaybeUninit<bf16>],
+}
+
+impl Vectorised for Split<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { from, part, to } = self;
+        let (pieces, rest) = from.as_chunks();
+        let (rooms, rest_to) = to.as_chunks_mut();
+        for (piece, room) in pieces.iter().zip(rooms) {
+            part_of(L::load(piece), part).store_bf16(room);
+        }
+        if !rest.is_empty() {
+            store_part(part_of(load_part::<L, f32>(rest), part), rest_to);
+        }
+    }
+}
+
+#[inline(always)]
+fn part_of<L: Lanes>(mut x: L, part: usize) -> L {
+    let zero = L::splat(0.0);
+    for _ in 0..part {
+        let mut taken = [MaybeUninit::new(bf16::ZERO); LANES];
+        x.store_bf16(&mut taken);
+        // SAFETY: initialised.
+        let taken = L::load_bf16(&taken.map(
+            #[inline(always)]
+            |x| unsafe { x.assume_init() },
+        ));
+        x = taken.abs().if_less(L::splat(f32::INFINITY), x - taken, zero);
+    }
+    x
+}
+
+/// Appends a part of each number.
+fn split(from: &[f32], part: usize, to: &mut Vec<bf16>) {
+    let length = to.len();
+    to.reserve(from.len());
+    let room = &mut to.spare_capacity_mut()[..from.len()];
+    dispatch::vectorise(dispatch::isa(), Split { from, part, to: room });
+    // SAFETY: within the capacity, and all is written.
+    unsafe { to.set_len(length + from.len()) };
+}
+
+/// The rows of a matrix in f32, whichever way it lies.
+fn in_rows(matrix: Matrix) -> Cow<[f32]> {
+    if matrix.in_rows().is_some() {
+        return matrix.rows_f32();
+    }
+    let (columns, mut rows) = (matrix.t().rows_f32(), vec![0.0; matrix.rows * matrix.columns]);
+    gemm::transpose(&columns, matrix.rows, [matrix.columns, matrix.rows], &mut rows);
+    Cow::Owned(rows)
+}
+
+fn matrix(data: &[bf16], dims: [usize; 2], stride: usize) -> Result<Matrix<'_>> {
+    match Matrix::new(Data::BF16(data), 0, dims, [stride, 1]) {
+        Some(matrix) => Ok(matrix),
+        None => bail!("{dims:?} parts, {stride} apart, are not within {}", data.len()),
+    }
+}
+
+/// The parts that are a factor.
+fn exact(factor: &Matrix) -> &'static [usize] {
+    if matches!(factor.data, Data::BF16(_)) { &[0] } else { &[0, 1, 2] }
+}
+
+/// Some parts of a factor `[rank, columns]`, below each other.
+fn below(factor: Matrix, parts: &[usize]) -> Vec<bf16> {
+    let (rows, mut below) = (in_rows(factor), Vec::new());
+    for &part in parts {
+        split(&rows, part, &mut below);
+    }
+    below
+}
+
+/// A factor `[rank, columns]` that rows are multiplied with.
+pub(crate) struct Contraction {
+    rank: usize,
+    columns: usize,
+    /// The transposed parts, one after the other.
+    parts: Right,
+}
+
+impl Contraction {
+    /// Of a factor that is not empty.
+    pub(crate) fn new(factor: Matrix) -> Result<Self> {
+        let (rank, columns, parts) = (factor.rows, factor.columns, exact(&factor));
+        let below = below(factor, parts);
+        let parts = Right::of(&matrix(&below, [parts.len() * rank, columns], columns)?.t(), true);
+        Ok(Self { rank, columns, parts })
+    }
+
+    /// `h = scaling · rows·factorᵀ [count, rank]`.
+    fn contract(&self, rows: &Matrix, scaling: f32, sums: &mut Vec<f32>, h: &mut [f32]) {
+        let stride = gemm::whole(self.parts.columns());
+        sums.resize(rows.rows * stride, 0.0);
+        self.parts.multiply(rows, stride, (&mut *sums, stride), false);
+        for (h, sums) in h.chunks_exact_mut(self.rank).zip(sums.chunks_exact(stride)) {
+            let parts = &sums[..self.parts.columns()];
+            h.copy_from_slice(&parts[..self.rank]);
+            for part in parts.chunks_exact(self.rank).skip(1) {
+                h.iter_mut().zip(part).for_each(|(h, part)| *h += part);
+            }
+            for h in h {
+                *h *= scaling;
+            }
+        }
+    }
+}
+
+/// A factor `[rank, columns]` that makes rows of `h`.
+pub(crate) struct Expansion {
+    rank: usize,
+    columns: usize,
+    /// Parts of what is multiplied with [`Self::below`], slot by slot.
+    parts: &'static [usize],
+    /// `[steps, columns]`: parts, and zeros up to whole steps.
+    below: Vec<bf16>,
+}
+
+impl Expansion {
+    /// Of a factor that is not empty.
+    pub(crate) fn new(factor: Matrix) -> Self {
+        let (rank, columns) = (factor.rows, factor.columns);
+        // What is left out is the product of two small parts.
+        let (parts, slots): (&[usize], &[usize]) =
+            if exact(&factor).len() == 1 { (&[0, 1], &[0, 0]) } else { (&[0, 0, 1], &[0, 1, 0]) };
+        let mut below = below(factor, slots);
+        below.resize((parts.len() * rank).next_multiple_of(UNIT) * columns, bf16::ZERO);
+        Self { rank, columns, parts, below }
+    }
+
+    fn steps(&self) -> usize {
+        self.below.len() / self.columns
+    }
+
+    /// Writes `h`'s parts into rows of an [`Update`].
+    fn lay(&self, h: &[f32], parts: &mut Vec<bf16>, left: &mut [bf16]) {
+        for (slot, &part) in self.parts.iter().enumerate() {
+            parts.clear();
+            split(h, part, parts);
+            for (left, parts) in left.chunks_exact_mut(self.steps()).zip(parts.chunks_exact(self.rank)) {
+                left[slot * self.rank..][..self.rank].copy_from_slice(parts);
+            }
+        }
+    }
+}
+
+/// `h·factor` as a term of a sum: `h [n, rank]` in the parts that the factor's take.
+pub(crate) struct Update<'a> {
+    factor: &'a Expansion,
+    /// `[n, steps]`
+    left: Vec<bf16>,
+}
+
+impl Update<'_> {
+    pub(crate) fn product(&self) -> Result<Product<'_>> {
+        let (steps, columns) = (self.factor.steps(), self.factor.columns);
+        Ok(Product {
+            left: matrix(&self.left, [self.left.len() / steps, steps], steps)?,
+            right: matrix(&self.factor.below, [steps, columns], columns)?,
+        })
+    }
+}
+
+/// What a thread uses for one block after the other.
+#[derive(Default)]
+struct Scratch {
+    sums: Vec<f32>,
+    turned: Vec<f32>,
+    parts: Vec<bf16>,
+    right: Right,
+    of_a: Vec<f32>,
+    of_b: Vec<f32>,
+}
+
+/// The rows of a task.
+fn task_rows(n: usize) -> usize {
+    n.div_ceil(TASKS).max(TASK_ROWS).next_multiple_of(UNIT)
+}
+
+/// `h = scaling · rows·factorᵀ [n, rank]`, and its update by another factor.
+pub(crate) fn contract<'a>(
+    rows: &Matrix,
+    factor: &Contraction,
+    scaling: f32,
+    onto: &'a Expansion,
+) -> (Vec<f32>, Update<'a>) {
+    let (n, rank, steps) = (rows.rows, factor.rank, onto.steps());
+    let (mut h, mut left) = (vec![0f32; n * rank], vec![bf16::ZERO; n * steps]);
+    let size = task_rows(n);
+    let tasks = h.chunks_mut(size * rank).zip(left.chunks_mut(size * steps)).enumerate().collect();
+    let work = n * rank * factor.columns;
+    spread(
+        tasks,
+        work >= PARALLEL,
+        |scratch: &mut Scratch, (i, (h, left)): (usize, (&mut [f32], &mut [bf16]))| {
+            factor.contract(&rows.some_rows(i * size, size), scaling, &mut scratch.sums, h);
+            onto.lay(h, &mut scratch.parts, left);
+        },
+    );
+    (h, Update { factor: onto, left })
+}
+
+/// The sum of `hᵀ·rows` over blocks of rows, in parts: of `[rank, columns]`.
+struct Outer<'a> {
+    rank: usize,
+    columns: usize,
+    /// Those of `h`.
+    parts: &'static [usize],
+    /// Of the parts, below each other, and of rows that fill them up.
+    sums: &'a mut Vec<f32>,
+}
+
+impl Outer<'_> {
+    fn add(
+        &mut self,
+        h: &[f32],
+        rows: &Matrix,
+        begun: bool,
+        (turned, split_parts, right): (&mut Vec<f32>, &mut Vec<bf16>, &mut Right),
+    ) {
+        let (count, height) = (rows.rows, (self.parts.len() * self.rank).next_multiple_of(UNIT));
+        turned.resize(h.len(), 0.0);
+        gemm::transpose(h, self.rank, [count, self.rank], turned);
+        split_parts.clear();
+        for &part in self.parts {
+            split(turned, part, split_parts);
+        }
+        split_parts.resize(height * count, bf16::ZERO);
+        let stride = gemm::whole(self.columns);
+        self.sums.resize(height * stride, 0.0);
+        let Ok(left) = matrix(split_parts, [height, count], count) else { return };
+        // Columns whose packed rows are still in the first-level cache when they are multiplied.
+        for first in (0..self.columns).step_by(COLUMNS) {
+            let columns = rows.t().some_rows(first, COLUMNS).t();
+            right.pack(&columns, true);
+            let to = (&mut self.sums[first..], stride);
+            right.multiply(&left, gemm::whole(columns.columns), to, begun);
+        }
+    }
+
+    /// Writes the sums of the parts.
+    fn total(&self, to: &mut [f32]) {
+        let stride = gemm::whole(self.columns);
+        let mut parts = self.sums.chunks_exact(stride * self.rank).take(self.parts.len());
+        for (part, sums) in parts.by_ref().enumerate() {
+            for (to, sums) in to.chunks_exact_mut(self.columns).zip(sums.chunks_exact(stride)) {
+                if part == 0 {
+                    to.copy_from_slice(&sums[..self.columns]);
+                } else {
+                    to.iter_mut().zip(sums).for_each(|(to, x)| *to += x);
+                }
+            }
+        }
+    }
+}
+
+/// A factor's gradient `[rank, columns]`, as it is wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted {
+    /// Whether it is rounded to 16 bits afterwards.
+    pub(crate) short: bool,
+}
+
+impl Wanted {
+    fn parts(self) -> &'static [usize] {
+        if self.short { &[0, 1] } else { &[0, 1, 2] }
+    }
+}
+
+/// What [`gradients`] leaves.
+pub(crate) struct Gradients<'a> {
+    /// `e·A`, if that is wanted.
+    pub(crate) update: Option<Update<'a>>,
+    /// `eᵀ·x [rank, inputs]`
+    pub(crate) a: Option<Vec<f32>>,
+    /// `gᵀ·h [outputs, rank]`
+    pub(crate) b: Option<Vec<f32>>,
+}
+
+/// With `e = scaling·g·Bᵀ`, for `A [rank, inputs]`, `B [rank, outputs]`, bf16 `x [n, inputs]` and `g [n, outputs]`, and the saved
+/// `h [n, rank]` in f32: the gradients of the factors that are wanted, and the update of x's. A sum over rows is made of
+/// partial sums in an order that the shape decides.
+pub(crate) fn gradients<'a>(
+    [x, g]: [&Matrix; 2],
+    h: &[f32],
+    (a, b): (&'a Expansion, &Contraction),
+    scaling: f32,
+    (wants_x, of_a, of_b): (bool, Option<Wanted>, Option<Wanted>),
+) -> Gradients<'a> {
+    struct Task<'a> {
+        first: usize,
+        h: &'a [f32],
+        e: &'a mut [f32],
+        left: &'a mut [bf16],
+        da: &'a mut [f32],
+        db: &'a mut [f32],
+    }
+
+    let (n, rank, steps, outputs) = (x.rows, a.rank, a.steps(), b.columns);
+    let (size, block) = (task_rows(n), BLOCK / a.columns.max(b.columns));
+    let block = (block - block % UNIT).max(UNIT);
+    let count = n.div_ceil(size);
+    let [a_size, b_size] = [(of_a, a.columns), (of_b, b.columns)]
+        .map(|(of, columns)| if of.is_some() { rank * columns } else { 0 });
+    let (mut e, mut left) = (vec![0f32; n * rank], vec![bf16::ZERO; if wants_x { n * steps } else { 0 }]);
+    let mut sums = vec![0f32; count * (a_size + b_size)];
+    let (mut free, mut free_left) = (sums.as_mut_slice(), left.as_mut_slice());
+    let mut tasks = Vec::with_capacity(count);
+    for (i, (e, h)) in e.chunks_mut(size * rank).zip(h.chunks(size * rank)).enumerate() {
+        let rows = if wants_x { h.len() / rank } else { 0 };
+        tasks.push(Task {
+            first: i * size,
+            h,
+            e,
+            left: free_left.split_off_mut(..rows * steps).unwrap_or_default(),
+            da: free.split_off_mut(..a_size).unwrap_or_default(),
+            db: free.split_off_mut(..b_size).unwrap_or_default(),
+        });
+    }
+    let work = n * rank * (a.columns + b.columns);
+    spread(tasks, work >= PARALLEL, |scratch: &mut Scratch, task| {
+        let Scratch { sums, turned, parts, right, of_a: a_sums, of_b: b_sums } = scratch;
+        let outer =
+            |of: Option<Wanted>, columns, sums| of.map(|of| Outer { rank, columns, parts: of.parts(), sums });
+        let (mut outer_a, mut outer_b) = (outer(of_a, a.columns, a_sums), outer(of_b, b.columns, b_sums));
+        for (i, (e, h)) in task.e.chunks_mut(block * rank).zip(task.h.chunks(block * rank)).enumerate() {
+            let [x, g] = [x, g].map(|rows| rows.some_rows(task.first + i * block, h.len() / rank));
+            if let Some(outer) = &mut outer_b {
+                outer.add(h, &g, i > 0, (turned, parts, right));
+            }
+            if wants_x || of_a.is_some() {
+                b.contract(&g, scaling, sums, e);
+            }
+            if let Some(outer) = &mut outer_a {
+                outer.add(e, &x, i > 0, (turned, parts, right));
+            }
+        }
+        if wants_x {
+            a.lay(task.e, parts, task.left);
+        }
+        for (outer, to) in [(outer_a, task.da), (outer_b, task.db)] {
+            if let Some(outer) = outer {
+                outer.total(to);
+            }
+        }
+    });
+    let total = |of: Option<Wanted>, skip: usize, size: usize| {
+        of.map(|_| {
+            let mut total = vec![0f32; size];
+            for partial in sums.chunks_exact(a_size + b_size) {
+                total.iter_mut().zip(&partial[skip..]).for_each(|(total, x)| *total += x);
+            }
+            total
+        })
+    };
+    let turned = |b: Vec<f32>| {
+        let mut turned = vec![0f32; b.len()];
+        gemm::transpose(&b, outputs, [rank, outputs], &mut turned);
+        turned
+    };
+    Gradients {
+        a: total(of_a, 0, a_size),
+        b: total(of_b, a_size, b_size).map(turned),
+        update: wants_x.then_some(Update { factor: a, left }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    #![expect(clippy::float_cmp, reason = "exact sums")]
+
+    use super::*;
+
+    fn parts(x: f32, count: usize) -> f64 {
+        let mut parts = Vec::new();
+        (0..count).for_each(|part| split(&[x; 17], part, &mut parts));
+        assert_eq!(parts.len(), 17 * count);
+        (0..count).map(|part| f64::from(parts[17 * part + 16].to_f32())).sum()
+    }
+
+    #[test]
+    fn three_parts_are_the_number_and_two_are_close() {
+        let odd = [1.0, -0.1, 1.0 / 3.0, 16_777_215.0, 3.0e38, -1.234_567_9e-20, 0.0, f32::INFINITY];
+        for x in odd
+            .into_iter()
+            .chain((1..2000u32).map(|i| f32::from_bits(i.wrapping_mul(0x0021_2345) % 0x7F00_0000)))
+        {
+            if x.abs() < 1e-30 && x != 0.0 {
+                // The last part would be subnormal.
+                continue;
+            }
+            assert_eq!(parts(x, 3), f64::from(x), "{x:e}");
+            let two = parts(x, 2);
+            assert!(
+                two == f64::from(x) || (two - f64::from(x)).abs() <= f64::from(x).abs() / 65_536.0,
+                "{x:e} {two:e}"
+            );
+        }
+        assert!(parts(f32::NAN, 3).is_nan());
+        assert_eq!(parts(f32::MAX, 3), f64::INFINITY);
+    }
+}
