@@ -68,6 +68,8 @@ pub(super) struct Pairs {
     pub fast: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
+    /// Those of a panel that all rows take before the next, an even number.
+    pub chunk: usize,
     /// What a thread calls before its tiles, and after them, while nothing else uses what they prepare.
     pub around: [unsafe fn(); 2],
     pub tile: PairTileFn,
@@ -102,6 +104,7 @@ impl Kernel {
                     halves: true,
                     fast: false,
                     steps: STEPS,
+                    chunk: STEPS,
                     around: [|| {}, || {}],
                     tile: x86::avx512_pairs,
                 }),
@@ -112,13 +115,14 @@ impl Kernel {
                 columns: amx::SIDE,
                 halves: true,
                 tile: x86::avx512,
-                // The longer a piece, the fewer times sums are loaded and stored. Its panels come from the second-level
-                // cache, which keeps up.
+                // The longer a piece, the fewer times sums leave the first-level cache. A chunk of a panel stays there for all
+                // rows that are taken at once: the unit is faster than what the second-level cache brings for each tile anew.
                 pairs: Some(Pairs {
                     rows: amx::SIDE,
                     halves: false,
                     fast: true,
                     steps: 4 * STEPS,
+                    chunk: 2 * STEPS,
                     around: [amx::begin, amx::end],
                     tile: amx::tile,
                 }),

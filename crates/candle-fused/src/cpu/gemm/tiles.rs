@@ -12,6 +12,9 @@ use super::pack;
 /// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
 pub(super) const ROWS: usize = 96;
 
+/// What the steps of a part are a multiple of: those of a register of the matrix unit.
+const WHOLE_STEPS: usize = 32;
+
 /// Some steps of a product whose right matrix is packed.
 pub(super) struct Steps<'a> {
     pub(super) kernel: Kernel,
@@ -36,6 +39,15 @@ pub(super) struct Block<'a> {
     pub(super) padded: usize,
 }
 
+/// A row, a panel, and some of a block's first steps.
+type At<'a> = (usize, usize, &'a Range<usize>);
+
+/// So many of a piece's steps are taken at a time: all in f32, of pairs about [`Pairs::chunk`], in parts of one size.
+fn chunk(pairs: Option<Pairs>, steps: usize) -> usize {
+    let parts = pairs.map_or(1, |pairs| steps.div_ceil(pairs.chunk));
+    steps.div_ceil(parts.max(1)).next_multiple_of(WHOLE_STEPS)
+}
+
 impl Block<'_> {
     /// Adds the products of these rows and the first columns of the panels, first those of `steps`, then of `then`, to `out`, or
     /// writes them there.
@@ -57,23 +69,27 @@ impl Block<'_> {
         let [begin, end] = pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
         // SAFETY: the tiles between are on this thread, and are all that uses what this prepares.
         unsafe { begin() };
+        let chunk = chunk(pairs, range.len());
         for first in rows.clone().step_by(ROWS) {
             for j in 0..columns.div_ceil(wide) {
                 let count = wide.min(columns - j * wide);
-                for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
-                    let tile = Tile {
-                        rows: tall.min(rows.end - i),
-                        columns: count,
-                        k: range.len(),
-                        row_stride: left.row_stride,
-                        column_stride: left.column_stride,
-                        out_stride: stride,
-                        accumulate,
-                    };
-                    // SAFETY: a tile of the block.
-                    unsafe {
-                        let out = out.add((i - rows.start) * stride + j * wide);
-                        self.tile(tile, (i, j), panels, out);
+                for from in (0..range.len()).step_by(chunk) {
+                    let steps = from..range.len().min(from + chunk);
+                    for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
+                        let tile = Tile {
+                            rows: tall.min(rows.end - i),
+                            columns: count,
+                            k: steps.len(),
+                            row_stride: left.row_stride,
+                            column_stride: left.column_stride,
+                            out_stride: stride,
+                            accumulate: accumulate || from > 0,
+                        };
+                        // SAFETY: a tile of the block.
+                        unsafe {
+                            let out = out.add((i - rows.start) * stride + j * wide);
+                            self.tile(tile, (i, j, &steps), panels, out);
+                        }
                     }
                 }
             }
@@ -82,11 +98,11 @@ impl Block<'_> {
         unsafe { end() };
     }
 
-    /// The tile at a row and a panel, by way of a buffer where it has fewer columns than are computed.
+    /// The tile at a row, a panel and some of the first steps, after the last of which come the others, by way of a buffer where it has fewer columns than are computed.
     ///
     /// # Safety
     /// `out` has the tile's columns in each of its rows, initialised if it accumulates.
-    unsafe fn tile(&self, tile: Tile, at: (usize, usize), panels: &[f32], out: *mut f32) {
+    unsafe fn tile(&self, tile: Tile, at: At, panels: &[f32], out: *mut f32) {
         let Steps { kernel, pairs, .. } = self.steps;
         let half = kernel.columns / 2;
         let halves = pairs.map_or(kernel.halves, |pairs| pairs.halves);
@@ -113,7 +129,7 @@ impl Block<'_> {
 
     /// # Safety
     /// `out` has all columns that are computed in each of the tile's rows, initialised if it accumulates.
-    unsafe fn run(&self, tile: &Tile, (row, panel): (usize, usize), panels: &[f32], out: *mut f32) {
+    unsafe fn run(&self, tile: &Tile, (row, panel, some): At, panels: &[f32], out: *mut f32) {
         let Self { steps, then, padded } = self;
         let panel_of = |steps: &Steps| panel * steps.words * steps.kernel.columns;
         // SAFETY: the left matrices' elements lie within their data, those of these rows and steps too; a panel has the
@@ -126,17 +142,19 @@ impl Block<'_> {
                 }
                 return;
             };
-            let of = |steps: &Steps, panel: usize| {
+            let of = |steps: &Steps, panel: usize, some: &Range<usize>| {
                 let Data::BF16(data) = steps.left.data else { return None };
                 Some(PairSteps {
-                    left: data.as_ptr().add(steps.left.index(row, steps.range.start)).cast(),
+                    left: data.as_ptr().add(steps.left.index(row, steps.range.start + some.start)).cast(),
                     row_stride: steps.left.row_stride,
-                    right: panels.as_ptr().add(panel).cast(),
-                    k: steps.range.len(),
+                    right: panels.as_ptr().add(panel + some.start / 2 * steps.kernel.columns).cast(),
+                    k: some.len(),
                 })
             };
-            let second = then.as_ref().and_then(|then| of(then, steps.words * padded + panel_of(then)));
-            match (of(steps, panel_of(steps)), second) {
+            let then = then.as_ref().filter(|_| some.end == steps.range.len());
+            let second =
+                then.and_then(|then| of(then, steps.words * padded + panel_of(then), &(0..then.range.len())));
+            match (of(steps, panel_of(steps), some), second) {
                 (Some(first), Some(second)) => (pairs.tile)(tile, &[first, second], out),
                 (Some(first), None) => (pairs.tile)(tile, &[first], out),
                 _ => {}
