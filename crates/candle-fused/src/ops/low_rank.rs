@@ -343,23 +343,22 @@ struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// In pairs of bf16, where these are the way.
+    /// In pairs of bf16, where these are the way: beside a base that they are added up with.
     fn in_pairs(&self) -> Result<Option<(Tensor, Option<Tensor>)>> {
         let Self { call, x, a, b, bias } = *self;
-        if call.dropout.is_some() || is_empty(x, b) {
+        let Some(weight) = call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b)) else {
             return Ok(None);
-        }
-        with_matrices([x, a, b, call.weight.as_ref().unwrap_or(b)], |[x, a, b, weight]| {
+        };
+        with_matrices([x, a, b, weight], |[x, a, b, weight]| {
             if !multiplies_parts(&x) {
                 return Ok(None);
             }
             let (n, rank, outputs) = (x.rows, a.rows, b.rows);
             let (a, b) = (Contraction::new(a)?, Expansion::new(b.t()));
             let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
-            let base = call.weight.is_some().then(|| Product { left: x, right: weight.t() });
-            let products: Vec<_> = base.into_iter().chain([update.product()?]).collect();
             let bias = bias.map(to_vec).transpose()?;
             let start = bias.as_deref().map_or(Start::Zero, Start::Row);
+            let products = [Product { left: x, right: weight.t() }, update.product()?];
             let y = product(DType::BF16, [n, outputs], start, &products)?;
             Ok(Some((y, Some(Tensor::from_vec(h, (n, rank), &Device::Cpu)?))))
         })
@@ -504,11 +503,11 @@ impl Gradients<'_> {
     /// In pairs of bf16, where these are the way.
     fn in_pairs(&self, h: &Tensor) -> Result<Option<[Option<Tensor>; 3]>> {
         let Self { saved: LowRankBackward { call, .. }, x, a, b, grad, wanted } = *self;
-        if call.dropout.is_some() || is_empty(x, b) {
+        let Some(weight) = call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b)) else {
             return Ok(None);
-        }
+        };
         let dtypes = [a.dtype(), b.dtype()];
-        with_matrices([x, a, b, h, grad, call.weight.as_ref().unwrap_or(a)], |[x, a, b, h, grad, weight]| {
+        with_matrices([x, a, b, h, grad, weight], |[x, a, b, h, grad, weight]| {
             if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
                 return Ok(None);
             }
@@ -524,8 +523,7 @@ impl Gradients<'_> {
             let da = of_factor((gradients.a, dtypes[0]), [rank, x.columns])?;
             let db = of_factor((gradients.b, dtypes[1]), [grad.columns, rank])?;
             let dx = |update: Update| {
-                let base = call.weight.is_some().then_some(Product { left: grad, right: weight });
-                let products: Vec<_> = base.into_iter().chain([update.product()?]).collect();
+                let products = [Product { left: grad, right: weight }, update.product()?];
                 product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)
             };
             Ok(Some([gradients.update.map(dx).transpose()?, da, db]))
