@@ -11,6 +11,7 @@ use half::bf16;
 use super::gemm::{self, Columns, Data, Matrix, Product, Right, add_products};
 use super::lanes::Element;
 use super::softmax as row;
+use super::spread::Kept;
 
 /// Queries in a block.
 pub(crate) const QUERIES: usize = 64;
@@ -59,6 +60,13 @@ pub(crate) struct Scratch {
     rounded: Vec<bf16>,
     right: Right,
     rows: Vec<f32>,
+}
+
+impl Kept for Scratch {
+    fn bytes(&self) -> usize {
+        let floats = [&self.scores, &self.of_weights, &self.factors, &self.rows];
+        floats.map(Kept::bytes).into_iter().sum::<usize>() + self.rounded.bytes() + self.right.bytes()
+    }
 }
 
 /// The first `len` elements of a buffer, whatever they are.

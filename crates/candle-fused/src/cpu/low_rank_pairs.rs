@@ -1,7 +1,8 @@
 //! LoRA beside bf16 rows on a processor's matrix unit: the products of [`low_rank`](super::low_rank) in pairs of bf16.
 //!
 //! Rows and gradients are multiplied as they are stored. What is f32 is the sum of parts in bf16: a float's 24 bits are three
-//! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact. Factors of f32 are
+//! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact (but for what is subnormal,
+//! which the unit takes for zero, and for infinity, which times a part that is 0 is NaN). Factors of f32 are
 //! split so, and `h` and `e` for the gradient of such a factor. Two parts, which are a float within 2⁻¹⁶ of it, serve what
 //! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor.
 //!
@@ -19,7 +20,7 @@ use super::dispatch::{self, Vectorised};
 use super::gemm::{self, Data, Matrix, PARALLEL, Product, Right};
 use super::lanes::{LANES, Lanes};
 use super::rows::{load_part, store_part};
-use super::spread::spread;
+use super::spread::{Kept, spread};
 
 /// Rows, columns and steps of what the matrix unit multiplies at once.
 const UNIT: usize = 32;
@@ -214,6 +215,13 @@ struct Scratch {
     of_b: Vec<f32>,
 }
 
+impl Kept for Scratch {
+    fn bytes(&self) -> usize {
+        let floats = [&self.sums, &self.turned, &self.of_a, &self.of_b];
+        floats.map(Kept::bytes).into_iter().sum::<usize>() + self.parts.bytes() + self.right.bytes()
+    }
+}
+
 /// The rows of a task.
 fn task_rows(n: usize) -> usize {
     n.div_ceil(TASKS).max(TASK_ROWS).next_multiple_of(UNIT)
@@ -283,8 +291,8 @@ impl Outer<'_> {
     /// Writes the sums of the parts.
     fn total(&self, to: &mut [f32]) {
         let stride = gemm::whole(self.columns);
-        let mut parts = self.sums.chunks_exact(stride * self.rank).take(self.parts.len());
-        for (part, sums) in parts.by_ref().enumerate() {
+        let parts = self.sums.chunks_exact(stride * self.rank).take(self.parts.len());
+        for (part, sums) in parts.enumerate() {
             for (to, sums) in to.chunks_exact_mut(self.columns).zip(sums.chunks_exact(stride)) {
                 if part == 0 {
                     to.copy_from_slice(&sums[..self.columns]);

@@ -17,20 +17,44 @@ thread_local! {
     static LEFT: RefCell<HashMap<TypeId, Box<dyn Any>>> = RefCell::default();
 }
 
+/// Bytes of what a thread keeps of one type, at most.
+const KEPT: usize = 8 << 20;
+
+/// What tasks leave on their thread for the next ones.
+pub(crate) trait Kept: Default + 'static {
+    /// Bytes that it has asked for.
+    fn bytes(&self) -> usize;
+}
+
+impl Kept for () {
+    fn bytes(&self) -> usize {
+        0
+    }
+}
+
+impl<T: 'static> Kept for Vec<T> {
+    fn bytes(&self) -> usize {
+        self.capacity() * size_of::<T>()
+    }
+}
+
+impl<A: Kept, B: Kept> Kept for (A, B) {
+    fn bytes(&self) -> usize {
+        self.0.bytes() + self.1.bytes()
+    }
+}
+
 /// Runs the tasks on this thread and, if that is worth it, on rayon's others. Each thread has its own `S`, and keeps it for
-/// the next tasks with such a one: memory that has been asked for, and read, is not asked for again.
+/// the next tasks with such a one, unless it is large: memory that has been asked for is not asked for again.
 ///
 /// # Panics
 /// If `run` does.
-pub(crate) fn spread<T: Send, S: Default + 'static>(
-    tasks: Vec<T>,
-    worth: bool,
-    run: impl Fn(&mut S, T) + Sync,
-) {
+pub(crate) fn spread<T: Send, S: Kept>(tasks: Vec<T>, worth: bool, run: impl Fn(&mut S, T) + Sync) {
     let threads = if worth { rayon::current_num_threads().min(tasks.len()) } else { 1 };
     let queue = Mutex::new(tasks.into_iter());
     let work = || {
-        let left = LEFT.with_borrow_mut(|left| left.remove(&TypeId::of::<S>()));
+        // None in a thread that is ending.
+        let left = LEFT.try_with(|left| left.borrow_mut().remove(&TypeId::of::<S>())).unwrap_or_default();
         let mut state: Box<S> = left.and_then(|left| left.downcast().ok()).unwrap_or_default();
         loop {
             let task = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
@@ -39,7 +63,9 @@ pub(crate) fn spread<T: Send, S: Default + 'static>(
                 None => break,
             }
         }
-        LEFT.with_borrow_mut(|left| left.insert(TypeId::of::<S>(), state));
+        if state.bytes() <= KEPT {
+            _ = LEFT.try_with(|left| left.borrow_mut().insert(TypeId::of::<S>(), state));
+        }
     };
     if threads > 1 { with_help(threads - 1, &work) } else { work() }
 }
@@ -146,10 +172,7 @@ mod tests {
         for count in [0, 1, 2, 3, 100] {
             for worth in [false, true] {
                 let mut done = vec![0; count];
-                spread(done.iter_mut().enumerate().collect(), worth, |seen: &mut usize, (i, done)| {
-                    *seen += 1;
-                    *done += i + 1;
-                });
+                spread(done.iter_mut().enumerate().collect(), worth, |(): &mut (), (i, done)| *done += i + 1);
                 assert_eq!(done, (1..=count).collect::<Vec<_>>());
             }
         }
@@ -157,16 +180,19 @@ mod tests {
 
     #[test]
     fn a_thread_keeps_what_its_tasks_have_left() {
-        #[derive(Default)]
-        struct Left(Vec<usize>);
         for round in 1..4 {
-            spread(vec![()], false, |left: &mut Left, ()| {
-                left.0.push(0);
-                assert_eq!(left.0.len(), round);
+            spread(vec![()], false, |left: &mut Vec<u128>, ()| {
+                left.push(0);
+                assert_eq!(left.len(), round);
                 // Others of the same kind begin anew while these are under way.
-                spread(vec![()], false, |other: &mut Left, ()| assert!(other.0.is_empty()));
+                spread(vec![()], false, |other: &mut Vec<u128>, ()| assert!(other.is_empty()));
+                if round == 3 {
+                    left.reserve(KEPT);
+                }
             });
         }
+        // What is large is not kept.
+        spread(vec![()], false, |left: &mut Vec<u128>, ()| assert!(left.is_empty()));
     }
 
     #[test]

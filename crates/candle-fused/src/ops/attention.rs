@@ -223,10 +223,9 @@ fn weighing(q: &Tensor, k: &Tensor, options: SoftmaxOptions) -> Result<Weighing>
     Ok(Weighing { queries, keys, scale: options.scale, causal: options.mask == Mask::Causal })
 }
 
-/// Tensors of heads whose rows are in one piece each, as they are or copied.
-fn in_rows(tensors: [&Tensor; 3]) -> Result<[Tensor; 3]> {
-    let [a, b, c] = tensors.map(|x| if x.stride()[3] == 1 { Ok(x.clone()) } else { x.contiguous() });
-    Ok([a?, b?, c?])
+/// A tensor of heads whose rows are in one piece each, as it is or copied.
+fn in_rows(x: &Tensor) -> Result<Tensor> {
+    if x.stride()[3] == 1 { Ok(x.clone()) } else { x.contiguous() }
 }
 
 /// Multiplications of all scores.
@@ -264,7 +263,7 @@ fn forward<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, options: SoftmaxOptio
     let ((batches, tokens, heads, width), kv_heads) = (q.dims4()?, k.dim(2)?);
     let (group, weighing) = (heads / kv_heads, weighing(q, k, options)?);
     let worth = work(q, weighing.keys) >= PARALLEL;
-    let [q_rows, k, v] = in_rows([q, k, v])?;
+    let (q_rows, k, v) = (in_rows(q)?, in_rows(k)?, in_rows(v)?);
     let mut y: Vec<T> = Vec::with_capacity(q.elem_count());
     with_heads([&q_rows, &k, &v], |[q_rows, k, v]| {
         let (k, v) = (each(&k, [batches, kv_heads])?, each(&v, [batches, kv_heads])?);
@@ -312,8 +311,8 @@ fn backward<T: Element>(
     let ((batches, tokens, heads, width), (_, key_count, kv_heads, _)) = (q.dims4()?, k.dims4()?);
     let (group, weighing) = (heads / kv_heads, weighing(q, k, options)?);
     let worth = work(q, weighing.keys) >= PARALLEL;
-    let [q, k, v] = in_rows([q, k, v])?;
-    let [grad, ..] = in_rows([grad; 3])?;
+    let grad = in_rows(&grad.to_dtype(q.dtype())?)?;
+    let (q, k, v) = (in_rows(q)?, in_rows(k)?, in_rows(v)?);
     let (q_size, kv_size, share) = (tokens * width, key_count * width, gemm::whole(key_count) * width);
     let mut dq: Vec<T> = Vec::with_capacity(batches * heads * q_size);
     // Of every head's own, transposed.

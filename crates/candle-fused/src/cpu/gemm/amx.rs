@@ -11,13 +11,15 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::ptr;
 
-use super::kernel::{MAX_PAIR_STEPS, PairSteps, Tile};
+use super::kernel::{PairSteps, Tile};
 
 /// Rows and columns of a tile.
 pub(super) const SIDE: usize = 32;
 /// Steps that one instruction takes, and words of them in a column.
 const STEPS: usize = 32;
 const WORDS: usize = STEPS / 2;
+/// The most products whose steps one tile takes.
+const PRODUCTS: usize = 2;
 /// Rows of a register.
 const HALF: usize = SIDE / 2;
 
@@ -110,7 +112,7 @@ pub(super) unsafe fn tile(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
 /// That of [`tile`].
 unsafe fn configured(tile: &Tile, first: usize, steps: &[PairSteps], out: *mut f32) {
     let sums = Sums { out: [out, out.wrapping_add(first * tile.out_stride)], stride: tile.out_stride };
-    let mut runs = [Run::default(); MAX_PAIR_STEPS];
+    let mut runs = [Run::default(); PRODUCTS];
     let mut count = 0;
     for steps in steps.iter().filter(|steps| steps.k >= STEPS) {
         runs[count] = Run::of(steps, first, steps.k / STEPS);
@@ -143,10 +145,14 @@ unsafe fn last(tile: &Tile, first: usize, steps: &PairSteps, sums: &Sums, accumu
             to.as_mut_ptr().copy_from_nonoverlapping(from, rest);
         };
     }
-    // SAFETY: the packed words of these steps, an odd last one with its zero.
+    // SAFETY: the packed words of these steps.
     unsafe {
         let from = steps.right.add(blocks * WORDS * SIDE);
         words.as_mut_ptr().copy_from_nonoverlapping(from, rest.div_ceil(2) * SIDE);
+    }
+    if rest % 2 == 1 {
+        // Beside an odd last step may be one that does not count, and is not to be multiplied by 0.
+        words[rest / 2 * SIDE..][..SIDE].iter_mut().for_each(|word| *word &= 0xFFFF);
     }
     let steps = PairSteps { left: rows.as_ptr(), row_stride: STEPS, right: words.as_ptr(), k: STEPS };
     // SAFETY: one block of steps in both buffers, and the sums as above.

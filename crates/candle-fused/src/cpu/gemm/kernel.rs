@@ -39,8 +39,10 @@ pub(super) struct Tile {
 pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const f32, out: *mut f32);
 
 /// Steps of a bf16 tile: the left matrix at the tile's first row and the first step, its columns side by side, and the
-/// packed right one, which holds for each two steps the columns' pairs side by side, the last pair filled up with zero.
+/// packed right one, which holds for each two steps the columns' pairs side by side; what an odd last step is paired with
+/// does not count.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "elsewhere nothing multiplies pairs"))]
 pub(super) struct PairSteps {
     pub left: *const u16,
     /// Between rows of the left matrix, in elements.
@@ -53,8 +55,6 @@ pub(super) struct PairSteps {
 /// As [`TileFn`] for bf16, by pairs of steps of one product after the other.
 pub(super) type PairTileFn = unsafe fn(tile: &Tile, steps: &[PairSteps], out: *mut f32);
 
-/// The most products whose steps one tile takes.
-pub(super) const MAX_PAIR_STEPS: usize = 2;
 /// The most rows of any tile.
 pub(super) const MAX_ROWS: usize = 32;
 
@@ -325,7 +325,9 @@ mod x86 {
                     right = right.wrapping_add(32);
                 }
                 if k % 2 == 1 {
-                    pair_step(&mut sums, right, |i| i32::from(*left.add(i * row_stride)));
+                    // Beside it may be a step that does not count, and is not to be multiplied by 0.
+                    let last = (*right.cast::<[u32; 32]>()).map(|word| word & 0xFFFF);
+                    pair_step(&mut sums, last.as_ptr(), |i| i32::from(*left.add(i * row_stride)));
                 }
             }
         }

@@ -4,8 +4,8 @@
 //! cut into blocks of columns, one task each (and into blocks of rows where there are few columns). A task takes the
 //! common dimension in pieces; it packs its part of the right matrix, which then stays in the second-level cache, and
 //! goes over the left matrix's rows, which are read where they lie. The packed block is all that is copied: once for all
-//! rows of the task (a large one of a 16-bit result for some rows after the other), and then it is forgotten. Nothing is
-//! kept between calls.
+//! rows of the task (a large one of a 16-bit result for some rows after the other), and then it is forgotten: between
+//! calls threads keep the memory, but nothing that is in it.
 //!
 //! 16-bit right matrices are widened as they are packed; a 16-bit left matrix is widened whole beforehand, unless the
 //! processor multiplies bf16 pairs (AMX or `AVX512_BF16`), which takes both as they are. Sums are f32, and rounded once.
@@ -37,7 +37,7 @@ use candle_core::DType;
 use super::dispatch::{self, Isa, Vectorised};
 use super::lanes::{Element, Lanes};
 use super::rows::{load_part, store_part};
-use super::spread::spread;
+use super::spread::{Kept, spread};
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
 pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts};
@@ -253,6 +253,12 @@ unsafe impl<T: Send> Sync for Shared<T> {}
 struct Scratch {
     packed: Vec<f32>,
     sums: Vec<f32>,
+}
+
+impl Kept for Scratch {
+    fn bytes(&self) -> usize {
+        self.packed.bytes() + self.sums.bytes()
+    }
 }
 
 /// The blocks of the result.

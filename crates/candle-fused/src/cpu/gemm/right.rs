@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use super::super::dispatch;
+use super::super::spread::Kept;
 use super::kernel::{Kernel, Pairs};
 use super::left::{Left, reads_pairs};
-use super::matrix::Matrix;
+use super::matrix::{Data, Matrix};
 use super::tiles::{self, Block, Steps};
 use super::{cut, pack, room};
 
@@ -37,11 +38,11 @@ impl Right {
         self.columns
     }
 
-    /// Packs a matrix in the place of the one before: in pairs of bf16, to which f32 is rounded, or in f32. In pairs it takes a
-    /// processor that multiplies them.
+    /// Packs a matrix in the place of the one before: in pairs of bf16, to which f32 is rounded, where that
+    /// is said, the processor multiplies them, and it is not f16; else in f32.
     pub(crate) fn pack(&mut self, right: &Matrix, in_pairs: bool) {
         let (isa, kernel) = (dispatch::isa(), Kernel::of(dispatch::isa()));
-        self.pairs = kernel.pairs.filter(|_| in_pairs);
+        self.pairs = kernel.pairs.filter(|_| in_pairs && !matches!(right.data, Data::F16(_)));
         (self.rows, self.columns) = (right.rows, right.columns);
         let padded = whole(right.columns);
         let with_size = |range: Range<usize>| {
@@ -58,6 +59,11 @@ impl Right {
             pack(isa, right, range.clone(), 0..right.columns, kernel.columns, panels);
             to = rest;
         }
+    }
+
+    /// Bytes that it has asked for.
+    pub(crate) fn bytes(&self) -> usize {
+        self.panels.bytes()
     }
 
     /// `to = left · right`, or `to += left · right`, for the first `columns` of this right matrix, which has columns of zeros

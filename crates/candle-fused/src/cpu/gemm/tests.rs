@@ -192,6 +192,24 @@ fn a_right_matrix_serves_many_products() {
     }
 }
 
+/// Steps beyond those of the left matrix do not count, though an odd last one is packed with the next.
+#[test]
+fn steps_that_do_not_count_are_not_read() {
+    for (in_pairs, k) in [false, true].into_iter().flat_map(|pairs| [(pairs, 3), (pairs, 33), (pairs, 35)]) {
+        if in_pairs && !multiplies_pairs() {
+            continue;
+        }
+        let mut data = vec![bf16::ONE; k * 40];
+        data.resize((k + 1) * 40, bf16::NAN);
+        let packed = Right::of(&Matrix::new(Data::BF16(&data), 0, [k + 1, 40], [40, 1]).unwrap(), in_pairs);
+        let ones = vec![bf16::ONE; 5 * k];
+        let left = Matrix::new(Data::BF16(&ones), 0, [5, k], [k, 1]).unwrap();
+        let mut to = vec![7.0; 5 * 40];
+        packed.multiply(&left, 40, (&mut to, 40), false);
+        assert!(to.iter().all(|&x| x == k as f32), "{in_pairs} {k}");
+    }
+}
+
 #[test]
 fn columns_are_rows_of_a_left_matrix() {
     for dims in [[64, 64], [5, 3], [130, 17], [1, 40]] {

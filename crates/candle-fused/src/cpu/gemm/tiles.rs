@@ -45,7 +45,7 @@ type At<'a> = (usize, usize, &'a Range<usize>);
 /// So many of a piece's steps are taken at a time: all in f32, of pairs about [`Pairs::chunk`], in parts of one size.
 fn chunk(pairs: Option<Pairs>, steps: usize) -> usize {
     let parts = pairs.map_or(1, |pairs| steps.div_ceil(pairs.chunk));
-    steps.div_ceil(parts.max(1)).next_multiple_of(WHOLE_STEPS)
+    steps.div_ceil(parts.max(1)).next_multiple_of(WHOLE_STEPS).max(WHOLE_STEPS)
 }
 
 impl Block<'_> {
