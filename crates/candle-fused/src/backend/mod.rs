@@ -4,6 +4,7 @@
 //! `candlewick-kernels` ([`gpu`]), which an executor of its API runs. Nothing outside this module asks which device a
 //! tensor is on.
 
+pub(crate) mod attention;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 mod cublas;
