@@ -69,14 +69,6 @@ impl Kept for Scratch {
     }
 }
 
-/// The first `len` elements of a buffer, whatever they are.
-fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
-}
-
 /// A left matrix of f32 rows, `stride` apart, as a product with [`Right`] reads it.
 fn left<'a>(
     (rows, stride): (&'a [f32], usize),
@@ -120,7 +112,7 @@ impl<'a> Keys<'a> {
         let keys = weighing.visible(first + count - 1);
         let stride = if self.turned.is_some() { gemm::whole(keys) } else { keys };
         let Scratch { scores, factors, rounded, rows, .. } = scratch;
-        let (scores, rows) = (sized(scores, count * stride), sized(rows, count * width));
+        let (scores, rows) = (gemm::room(scores, count * stride), gemm::room(rows, count * width));
         if let Some(turned) = &self.turned {
             turned.multiply(q, stride, (&mut *scores, stride), false);
         } else {
@@ -155,7 +147,8 @@ impl BackwardKeys {
     }
 
     /// Writes the gradient of the queries `q [t, d]` to `dq [t, d]`, and adds those of keys and values, transposed, to `dk` and
-    /// `dv`, `[d, s]` in rows of [`gemm::whole`]; `grad [t, d]` is that of the result; all dimensions at least 1. With the weights `P` computed again:
+    /// `dv`, `[d, s]` in rows of [`gemm::whole`]; `grad [t, d]` is that of the result; all dimensions at least 1. With the
+    /// weights `P` computed again:
     /// `dV = Pᵀ·g`, `dS = scale·P∘(g·Vᵀ − Σ_k P∘(g·Vᵀ))`, `dQ = dS·K`, `dK = dSᵀ·Q`.
     pub(crate) fn gradients<T: Element>(
         &self,
@@ -174,8 +167,9 @@ impl BackwardKeys {
             let count = QUERIES.min(weighing.queries - first);
             let keys = weighing.visible(first + count - 1);
             let stride = gemm::whole(keys);
-            let (weights, of_scores) = (sized(scores, count * stride), sized(of_weights, count * stride));
-            let rows = sized(rows, count * width);
+            let (weights, of_scores) =
+                (gemm::room(scores, count * stride), gemm::room(of_weights, count * stride));
+            let rows = gemm::room(rows, count * width);
             turned_keys.multiply(&q.some_rows(first, count), stride, (&mut *weights, stride), false);
             weighing.weigh::<T>(first, weights, stride, factors);
             turned_values.multiply(&grad.some_rows(first, count), stride, (&mut *of_scores, stride), false);

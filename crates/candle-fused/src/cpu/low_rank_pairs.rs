@@ -1,8 +1,8 @@
 //! LoRA beside bf16 rows on a processor's matrix unit: the products of [`low_rank`](super::low_rank) in pairs of bf16.
 //!
 //! Rows and gradients are multiplied as they are stored. What is f32 is the sum of parts in bf16: a float's 24 bits are three
-//! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact (but for what is subnormal,
-//! which the unit takes for zero, and for infinity, which times a part that is 0 is NaN). Factors of f32 are
+//! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact (but for what is
+//! subnormal, which the unit takes for zero, and for infinity, which times a part that is 0 is NaN). Factors of f32 are
 //! split so, and `h` and `e` for the gradient of such a factor. Two parts, which are a float within 2⁻¹⁶ of it, serve what
 //! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor.
 //!
@@ -13,7 +13,7 @@
 use std::borrow::Cow;
 use std::mem::MaybeUninit;
 
-use candle_core::{Result, bail};
+use candle_core::{DType, Result, bail};
 use half::bf16;
 
 use super::dispatch::{self, Vectorised};
@@ -304,17 +304,9 @@ impl Outer<'_> {
     }
 }
 
-/// A factor's gradient `[rank, columns]`, as it is wanted.
-#[derive(Clone, Copy)]
-pub(crate) struct Wanted {
-    /// Whether it is rounded to 16 bits afterwards.
-    pub(crate) short: bool,
-}
-
-impl Wanted {
-    fn parts(self) -> &'static [usize] {
-        if self.short { &[0, 1] } else { &[0, 1, 2] }
-    }
+/// The parts of `h` for the gradient of a factor of this type.
+fn parts_for(factor: DType) -> &'static [usize] {
+    if factor == DType::F32 { &[0, 1, 2] } else { &[0, 1] }
 }
 
 /// What [`gradients`] leaves.
@@ -328,14 +320,14 @@ pub(crate) struct Gradients<'a> {
 }
 
 /// With `e = scaling·g·Bᵀ`, for `A [rank, inputs]`, `B [rank, outputs]`, bf16 `x [n, inputs]` and `g [n, outputs]`, and the saved
-/// `h [n, rank]` in f32: the gradients of the factors that are wanted, and the update of x's. A sum over rows is made of
-/// partial sums in an order that the shape decides.
+/// `h [n, rank]` in f32: the update of x's gradient, if that is wanted, and the gradients of A and B, each for a factor of the
+/// type that is given. A sum over rows is made of partial sums in an order that the shape decides.
 pub(crate) fn gradients<'a>(
     [x, g]: [&Matrix; 2],
     h: &[f32],
     (a, b): (&'a Expansion, &Contraction),
     scaling: f32,
-    (wants_x, of_a, of_b): (bool, Option<Wanted>, Option<Wanted>),
+    (wants_x, of_a, of_b): (bool, Option<DType>, Option<DType>),
 ) -> Gradients<'a> {
     struct Task<'a> {
         first: usize,
@@ -370,8 +362,9 @@ pub(crate) fn gradients<'a>(
     let work = n * rank * (a.columns + b.columns);
     spread(tasks, work >= PARALLEL, |scratch: &mut Scratch, task| {
         let Scratch { sums, turned, parts, right, of_a: a_sums, of_b: b_sums } = scratch;
-        let outer =
-            |of: Option<Wanted>, columns, sums| of.map(|of| Outer { rank, columns, parts: of.parts(), sums });
+        let outer = |of: Option<DType>, columns, sums| {
+            of.map(|of| Outer { rank, columns, parts: parts_for(of), sums })
+        };
         let (mut outer_a, mut outer_b) = (outer(of_a, a.columns, a_sums), outer(of_b, b.columns, b_sums));
         for (i, (e, h)) in task.e.chunks_mut(block * rank).zip(task.h.chunks(block * rank)).enumerate() {
             let [x, g] = [x, g].map(|rows| rows.some_rows(task.first + i * block, h.len() / rank));
@@ -394,7 +387,7 @@ pub(crate) fn gradients<'a>(
             }
         }
     });
-    let total = |of: Option<Wanted>, skip: usize, size: usize| {
+    let total = |of: Option<DType>, skip: usize, size: usize| {
         of.map(|_| {
             let mut total = vec![0f32; size];
             for partial in sums.chunks_exact(a_size + b_size) {

@@ -117,8 +117,7 @@ fn gradient<L: Lanes, T: Element>(scale: f32, y: &[T], g: &[T], dx: Out<'_, T>) 
     );
 }
 
-/// One row of scores to `exp(scale·x − max)`, in place, and the reciprocal of their sum: [`Forward`] without a mask, for scores of
-/// products of `T`.
+/// [`exponentials`] of one row of scores that are products of `T`, in place.
 pub(crate) fn exponentials_in_place<T: Element>(scale: f32, scores: &mut [f32]) -> f32 {
     struct Work<'a, T>(f32, &'a mut [f32], PhantomData<T>);
     impl<T: Element> Vectorised for Work<'_, T> {

@@ -5,7 +5,8 @@
 //! or the bias. `x·Aᵀ` is one product for all columns of the output, never once for each.
 //!
 //! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`. Large ones on a device whose
-//! products add to what is there are [`low_rank_products`]'.
+//! products add to what is there are [`low_rank_products`]', those beside a bf16 base on a processor's matrix unit
+//! [`low_rank_pairs`]'.
 
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
@@ -15,10 +16,9 @@ use crate::backend::products::{self, LowRankGradients, product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
-use crate::cpu::gemm::{Left, Matrix, Product, Start, multiplies_parts, sum_of_products};
-use crate::cpu::low_rank_pairs::{self, Contraction, Expansion, Update, Wanted};
+use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::graph::{self, Backward, Reads, tracked};
-use crate::ops::low_rank_products;
+use crate::ops::{low_rank_pairs, low_rank_products};
 use crate::philox::{halves, philox4x32};
 
 /// How A and B lie.
@@ -321,7 +321,7 @@ impl LowRank {
 }
 
 /// Whether a product of `x [n, in]` and `b [out, r]` has nothing to compute, or nothing to compute it from.
-fn is_empty(x: &Tensor, b: &Tensor) -> bool {
+pub(super) fn is_empty(x: &Tensor, b: &Tensor) -> bool {
     x.elem_count() == 0 || b.elem_count() == 0
 }
 
@@ -342,37 +342,14 @@ struct Forward<'a> {
     bias: Option<&'a Tensor>,
 }
 
-impl Forward<'_> {
-    /// In pairs of bf16, where these are the way: beside a base that they are added up with.
-    fn in_pairs(&self) -> Result<Option<(Tensor, Option<Tensor>)>> {
-        let Self { call, x, a, b, bias } = *self;
-        let Some(weight) = call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b)) else {
-            return Ok(None);
-        };
-        with_matrices([x, a, b, weight], |[x, a, b, weight]| {
-            if !multiplies_parts(&x) {
-                return Ok(None);
-            }
-            let (n, rank, outputs) = (x.rows, a.rows, b.rows);
-            let (a, b) = (Contraction::new(a)?, Expansion::new(b.t()));
-            let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
-            let bias = bias.map(to_vec).transpose()?;
-            let start = bias.as_deref().map_or(Start::Zero, Start::Row);
-            let products = [Product { left: x, right: weight.t() }, update.product()?];
-            let y = product(DType::BF16, [n, outputs], start, &products)?;
-            Ok(Some((y, Some(Tensor::from_vec(h, (n, rank), &Device::Cpu)?))))
-        })
-    }
-}
-
 impl Kernel for Forward<'_> {
     /// The result `[n, out]`, and `h` where it is kept.
     type Output = (Tensor, Option<Tensor>);
 
     fn cpu(&self) -> Result<Self::Output> {
         let Self { call, x, a, b, bias } = *self;
-        if let Some(output) = self.in_pairs()? {
-            return Ok(output);
+        if let Some((y, h)) = low_rank_pairs::forward(call, [x, a, b], bias)? {
+            return Ok((y, Some(h)));
         }
         if call.weight.is_none() && call.dropout.is_none() && bias.is_none() && low_rank_serves(x, b) {
             let delta = |[x, a, b]: [Matrix; 3]| products::low_rank(x, a, b, call.scaling);
@@ -499,38 +476,6 @@ struct Gradients<'a> {
     wanted: LoraGradients,
 }
 
-impl Gradients<'_> {
-    /// In pairs of bf16, where these are the way.
-    fn in_pairs(&self, h: &Tensor) -> Result<Option<[Option<Tensor>; 3]>> {
-        let Self { saved: LowRankBackward { call, .. }, x, a, b, grad, wanted } = *self;
-        let Some(weight) = call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b)) else {
-            return Ok(None);
-        };
-        let dtypes = [a.dtype(), b.dtype()];
-        with_matrices([x, a, b, h, grad, weight], |[x, a, b, h, grad, weight]| {
-            if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
-                return Ok(None);
-            }
-            let (a, b, h) = (Expansion::new(a), Contraction::new(b.t())?, h.rows_f32());
-            let of = |wanted: bool, dtype| wanted.then_some(Wanted { short: dtype != DType::F32 });
-            let wanted = (wanted.x, of(wanted.a, dtypes[0]), of(wanted.b, dtypes[1]));
-            let gradients = low_rank_pairs::gradients([&x, &grad], &h, (&a, &b), call.scaling, wanted);
-            let of_factor = |(gradient, dtype): (Option<Vec<f32>>, DType), dims: [usize; 2]| {
-                let stored = |sums| Tensor::from_vec(sums, (dims[0], dims[1]), &Device::Cpu)?.to_dtype(dtype);
-                gradient.map(stored).transpose()
-            };
-            let rank = h.len() / x.rows;
-            let da = of_factor((gradients.a, dtypes[0]), [rank, x.columns])?;
-            let db = of_factor((gradients.b, dtypes[1]), [grad.columns, rank])?;
-            let dx = |update: Update| {
-                let products = [Product { left: grad, right: weight }, update.product()?];
-                product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)
-            };
-            Ok(Some([gradients.update.map(dx).transpose()?, da, db]))
-        })
-    }
-}
-
 impl Kernel for Gradients<'_> {
     /// Those of `x [n, in]`, `a [r, in]` and `b [out, r]` that are wanted.
     type Output = [Option<Tensor>; 3];
@@ -539,7 +484,7 @@ impl Kernel for Gradients<'_> {
         let Self { saved: LowRankBackward { call, h }, x, a, b, grad, wanted } = *self;
         let mut gradients = [None, None, None];
         let Some(h) = h else { return Ok(gradients) };
-        if let Some(gradients) = self.in_pairs(h)? {
+        if let Some(gradients) = low_rank_pairs::gradients(call, [x, a, b], [h, grad], wanted)? {
             return Ok(gradients);
         }
         let (weight, dtypes) = (call.weight.as_ref(), [x.dtype(), a.dtype(), b.dtype()]);

@@ -16,6 +16,7 @@ pub mod linear_cross_entropy;
 pub mod lora_delta;
 pub mod lora_linear;
 mod low_rank;
+mod low_rank_pairs;
 mod low_rank_products;
 pub mod rms_norm;
 pub mod rope;

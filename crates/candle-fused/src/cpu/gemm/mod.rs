@@ -474,12 +474,12 @@ fn cut(pairs: Option<Pairs>, k: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).map(move |i| at(i)..at(i + 1))
 }
 
-/// The first `size` words of what is there, or of what is made.
-fn room(packed: &mut Vec<f32>, size: usize) -> &mut [f32] {
-    if packed.len() < size {
-        packed.resize(size, 0.0);
+/// The first `size` words of a buffer, whatever they are, which grows if it has fewer.
+pub(crate) fn room(buffer: &mut Vec<f32>, size: usize) -> &mut [f32] {
+    if buffer.len() < size {
+        buffer.resize(size, 0.0);
     }
-    &mut packed[..size]
+    &mut buffer[..size]
 }
 
 /// The transpose of `from`, which has so many rows, `stride` apart, and columns.

@@ -113,8 +113,8 @@ fn turn_widened(
     }
 }
 
-/// Packs pairs of steps of a bf16 matrix, or of an f32 one rounded to it, the first in the low half of 32 bits, as [`pack`] does single steps; an odd last
-/// step has a zero beside it. `to` has `⌈steps/2⌉ · panels · width` elements.
+/// Packs pairs of steps of a bf16 matrix, or of an f32 one rounded to it, the first in the low half of 32 bits, as [`pack`]
+/// does single steps; an odd last step has a zero beside it. `to` has `⌈steps/2⌉ · panels · width` elements.
 pub(super) fn pack_pairs(
     isa: Isa,
     right: &Matrix,

@@ -38,8 +38,8 @@ impl Right {
         self.columns
     }
 
-    /// Packs a matrix in the place of the one before: in pairs of bf16, to which f32 is rounded, where that
-    /// is said, the processor multiplies them, and it is not f16; else in f32.
+    /// Packs a matrix in the place of the one before: in pairs of bf16, to which f32 is rounded, where that is said, the
+    /// processor multiplies them, and the matrix is not f16; else in f32.
     pub(crate) fn pack(&mut self, right: &Matrix, in_pairs: bool) {
         let (isa, kernel) = (dispatch::isa(), Kernel::of(dispatch::isa()));
         self.pairs = kernel.pairs.filter(|_| in_pairs && !matches!(right.data, Data::F16(_)));
@@ -67,7 +67,8 @@ impl Right {
     }
 
     /// `to = left · right`, or `to += left · right`, for the first `columns` of this right matrix, which has columns of zeros
-    /// up to the [`whole`], and as many of its rows as the left one has columns; the rows of `to` are `stride` apart. A left matrix beside pairs is bf16, its rows in one piece.
+    /// up to the [`whole`], and as many of its rows as the left one has columns; the rows of `to` are `stride` apart. A left
+    /// matrix beside pairs is bf16, its rows in one piece.
     ///
     /// # Panics
     /// If there are not so many rows or columns, or the left matrix is another.

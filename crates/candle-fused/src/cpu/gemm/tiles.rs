@@ -12,7 +12,7 @@ use super::pack;
 /// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
 pub(super) const ROWS: usize = 96;
 
-/// What the steps of a part are a multiple of: those of a register of the matrix unit.
+/// What the steps of a chunk are a multiple of: those of a register of the matrix unit.
 const WHOLE_STEPS: usize = 32;
 
 /// Some steps of a product whose right matrix is packed.
@@ -42,7 +42,7 @@ pub(super) struct Block<'a> {
 /// A row, a panel, and some of a block's first steps.
 type At<'a> = (usize, usize, &'a Range<usize>);
 
-/// So many of a piece's steps are taken at a time: all in f32, of pairs about [`Pairs::chunk`], in parts of one size.
+/// How many of a piece's steps are taken at a time: all in f32, of pairs about [`Pairs::chunk`], in chunks of one size.
 fn chunk(pairs: Option<Pairs>, steps: usize) -> usize {
     let parts = pairs.map_or(1, |pairs| steps.div_ceil(pairs.chunk));
     steps.div_ceil(parts.max(1)).next_multiple_of(WHOLE_STEPS).max(WHOLE_STEPS)
@@ -98,7 +98,8 @@ impl Block<'_> {
         unsafe { end() };
     }
 
-    /// The tile at a row, a panel and some of the first steps, after the last of which come the others, by way of a buffer where it has fewer columns than are computed.
+    /// The tile at a row, a panel and some of the first steps, after the last of which come the second product's; by way of a
+    /// buffer where it has fewer columns than are computed.
     ///
     /// # Safety
     /// `out` has the tile's columns in each of its rows, initialised if it accumulates.

@@ -1,0 +1,70 @@
+//! LoRA beside a frozen bf16 weight on a processor's matrix unit, in pairs of bf16 (`cpu/low_rank_pairs.rs`): the update is added
+//! up with its base. Dropout's input, which is f32, and a product without a base go the way of other processors.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candlewick_kernels::lora::LoraGradients;
+
+use super::low_rank::{LowRank, is_empty};
+use crate::backend::cpu::to_vec;
+use crate::backend::products::{product, with_matrices};
+use crate::cpu::gemm::{Product, Start, multiplies_parts};
+use crate::cpu::low_rank_pairs::{self, Contraction, Expansion, Update};
+
+/// The base's weight, if there may be a product to compute so.
+fn weight<'a>(call: &'a LowRank, x: &Tensor, b: &Tensor) -> Option<&'a Tensor> {
+    call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b))
+}
+
+/// The result `[n, out]` and `h [n, r]` for `x [n, in]`, `a [r, in]` and `b [out, r]`, where this is the way.
+pub(super) fn forward(
+    call: &LowRank,
+    [x, a, b]: [&Tensor; 3],
+    bias: Option<&Tensor>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let Some(weight) = weight(call, x, b) else { return Ok(None) };
+    with_matrices([x, a, b, weight], |[x, a, b, weight]| {
+        if !multiplies_parts(&x) {
+            return Ok(None);
+        }
+        let (n, rank, outputs) = (x.rows, a.rows, b.rows);
+        let (a, b) = (Contraction::new(a)?, Expansion::new(b.t()));
+        let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
+        let bias = bias.map(to_vec).transpose()?;
+        let start = bias.as_deref().map_or(Start::Zero, Start::Row);
+        let products = [Product { left: x, right: weight.t() }, update.product()?];
+        let y = product(DType::BF16, [n, outputs], start, &products)?;
+        Ok(Some((y, Tensor::from_vec(h, (n, rank), &Device::Cpu)?)))
+    })
+}
+
+/// The gradients of `x`, `a` and `b` that are wanted, for the saved `h` and the gradient `[n, out]`, where this is the way.
+pub(super) fn gradients(
+    call: &LowRank,
+    [x, a, b]: [&Tensor; 3],
+    [h, grad]: [&Tensor; 2],
+    wanted: LoraGradients,
+) -> Result<Option<[Option<Tensor>; 3]>> {
+    let Some(weight) = weight(call, x, b) else { return Ok(None) };
+    let (of_a, of_b) = (wanted.a.then_some(a.dtype()), wanted.b.then_some(b.dtype()));
+    with_matrices([x, a, b, h, grad, weight], |[x, a, b, h, grad, weight]| {
+        if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
+            return Ok(None);
+        }
+        let (rank, a, b, h) = (h.columns, Expansion::new(a), Contraction::new(b.t())?, h.rows_f32());
+        let gradients =
+            low_rank_pairs::gradients([&x, &grad], &h, (&a, &b), call.scaling, (wanted.x, of_a, of_b));
+        let stored = |gradient: Option<Vec<f32>>, dims: (usize, usize), dtype: Option<DType>| {
+            let tensor = |(sums, dtype)| Tensor::from_vec(sums, dims, &Device::Cpu)?.to_dtype(dtype);
+            gradient.zip(dtype).map(tensor).transpose()
+        };
+        let dx = |update: Update| {
+            let products = [Product { left: grad, right: weight }, update.product()?];
+            product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)
+        };
+        Ok(Some([
+            gradients.update.map(dx).transpose()?,
+            stored(gradients.a, (rank, x.columns), of_a)?,
+            stored(gradients.b, (grad.columns, rank), of_b)?,
+        ]))
+    })
+}
