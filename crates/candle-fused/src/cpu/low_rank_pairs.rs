@@ -412,6 +412,7 @@ pub(crate) fn gradients<'a>(
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     #![expect(clippy::float_cmp, reason = "exact sums")]
+    #![expect(clippy::cast_precision_loss, reason = "small integers")]
 
     use super::*;
 
@@ -420,6 +421,95 @@ mod tests {
         (0..count).for_each(|part| split(&[x; 17], part, &mut parts));
         assert_eq!(parts.len(), 17 * count);
         (0..count).map(|part| f64::from(parts[17 * part + 16].to_f32())).sum()
+    }
+
+    /// Numbers of all bits between −1 and 1, and these in bf16.
+    fn numbers(count: usize, seed: u32) -> (Vec<f32>, Vec<bf16>) {
+        let number = |i: u32| {
+            let bits = (i + seed).wrapping_mul(0x9E37_79B9);
+            ((bits ^ bits >> 15).wrapping_mul(0x85EB_CA6B) >> 8) as f32 / 8_388_608.0 - 1.0
+        };
+        let wide: Vec<f32> = (0..u32::try_from(count).unwrap()).map(number).collect();
+        let narrow = wide.iter().map(|&x| bf16::from_f32(x)).collect();
+        (wide, narrow)
+    }
+
+    /// Whether `got [m, n]` is `left [m, k] · right [k, n]` within a part of the sums of the terms' magnitudes.
+    fn check(what: &str, got: &[f32], dims: [usize; 3], part: f64, at: impl Fn(usize, usize, usize) -> f64) {
+        let [m, k, n] = dims;
+        assert_eq!(got.len(), m * n, "{what}");
+        for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let (sum, size) = (0..k)
+                .map(|l| at(i, l, j))
+                .fold((0.0, 0.0), |(sum, size): (f64, f64), x| (sum + x, size + x.abs()));
+            let error = (f64::from(got[i * n + j]) - sum).abs();
+            assert!(error <= part * size, "{what} {dims:?} {i} {j}: {error:e} of {size:e}");
+        }
+    }
+
+    /// Every product against float64: as f32 computes it where it is said to be exact, else within 2⁻¹⁵ of the terms. Few
+    /// terms, where no part can be missed, and several tasks, blocks of columns and of rows.
+    #[test]
+    fn products_in_parts_are_those_of_f32() {
+        const EXACT: f64 = 1.0 / 2_097_152.0;
+        const CLOSE: f64 = 1.0 / 32_768.0;
+        if !gemm::multiplies_pairs() {
+            println!("skipped: this processor, or the cap, has no products of bf16 pairs");
+            return;
+        }
+        for [n, rank, inputs, outputs] in [[7, 5, 6, 200], [5, 40, 33, 3], [300, 3, 9000, 70]] {
+            let (x, g) = (numbers(n * inputs, 1).1, numbers(n * outputs, 2).1);
+            let h = numbers(n * rank, 3).0;
+            let (a, b) = (numbers(rank * inputs, 4), numbers(rank * outputs, 5));
+            let rows = |data, columns: usize| Matrix::new(data, 0, [n, columns], [columns, 1]).unwrap();
+            let (x_rows, g_rows) = (rows(Data::BF16(&x), inputs), rows(Data::BF16(&g), outputs));
+            for short in [false, true] {
+                let factor = |(wide, narrow): &(Vec<f32>, Vec<bf16>), at: usize| {
+                    f64::from(if short { narrow[at].to_f32() } else { wide[at] })
+                };
+                let data = |factor: &'static str| match (factor, short) {
+                    ("a", false) => Data::F32(&a.0),
+                    ("a", true) => Data::BF16(&a.1),
+                    (_, false) => Data::F32(&b.0),
+                    (_, true) => Data::BF16(&b.1),
+                };
+                let a_rows = Matrix::new(data("a"), 0, [rank, inputs], [inputs, 1]).unwrap();
+                let b_rows = Matrix::new(data("b"), 0, [rank, outputs], [outputs, 1]).unwrap();
+                let exact = |terms: usize| EXACT * (1.0 + terms as f64 / 32.0);
+                let (contraction, expansion) = (Contraction::new(a_rows).unwrap(), Expansion::new(b_rows));
+
+                let (got, update) = contract(&x_rows, &contraction, 2.0, &expansion);
+                check("h", &got, [n, inputs, rank], exact(inputs), |i, l, j| {
+                    2.0 * f64::from(x[i * inputs + l].to_f32()) * factor(&a, j * inputs + l)
+                });
+                let y = |update: &Update, columns| {
+                    gemm::sum_of_products::<f32>(
+                        [n, columns],
+                        gemm::Start::Zero,
+                        &[update.product().unwrap()],
+                    )
+                };
+                check("y", &y(&update, outputs), [n, rank, outputs], CLOSE, |i, l, j| {
+                    f64::from(got[i * rank + l]) * factor(&b, l * outputs + j)
+                });
+
+                let dtype = if short { DType::BF16 } else { DType::F32 };
+                let (expansion, contraction) = (Expansion::new(a_rows), Contraction::new(b_rows).unwrap());
+                let wanted = (true, Some(dtype), Some(dtype));
+                let gradients = gradients([&x_rows, &g_rows], &h, (&expansion, &contraction), 0.5, wanted);
+                let part = if short { CLOSE } else { exact(n) };
+                check("db", &gradients.b.unwrap(), [outputs, n, rank], part, |i, l, j| {
+                    f64::from(g[l * outputs + i].to_f32()) * f64::from(h[l * rank + j])
+                });
+                let (e, _) = contract(&g_rows, &contraction, 0.5, &expansion);
+                check("da", &gradients.a.unwrap(), [rank, n, inputs], part, |i, l, j| {
+                    f64::from(e[l * rank + i]) * f64::from(x[l * inputs + j].to_f32())
+                });
+                check("dx", &y(&gradients.update.unwrap(), inputs), [n, rank, inputs], CLOSE, |i, l, j| {
+                    f64::from(e[i * rank + l]) * factor(&a, l * inputs + j)
+                });
+            }
+        }
     }
 
     #[test]
