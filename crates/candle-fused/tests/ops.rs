@@ -117,6 +117,13 @@ fn attention_over_many_blocks() {
             attention(q, kv, 0.25, Mask::None).error_rule(dtype, &device);
             let (q, kv) = (arg(&[2, 133, 6, 64]), [arg(&[2, 133, 2, 64]), arg(&[2, 133, 2, 64])]);
             attention(q, kv, 0.125, Mask::Causal).error_rule(dtype, &device);
+            // Heads that kernels of one architecture alone take, over more than one of their blocks.
+            for (width, lies) in [(64, Lies::Contiguous), (128, Lies::Contiguous), (64, Lies::Window)] {
+                let lying = |tokens, heads| arg(&[1, tokens, heads, width]).lies(lies);
+                let (q, kv) = (lying(200, 4), [lying(333, 2), lying(333, 2)]);
+                attention(q.clone(), kv.clone(), 0.125, Mask::Causal).error_rule(dtype, &device);
+                attention(q, kv, 0.125, Mask::None).error_rule(dtype, &device);
+            }
         }
     }
 }

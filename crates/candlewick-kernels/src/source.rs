@@ -17,7 +17,7 @@ pub struct SourceFile {
 
 macro_rules! source_file {
     ($path:literal) => {
-        SourceFile { path: $path, text: include_str!(concat!("../", $path)) }
+        SourceFile { path: $path, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/", $path)) }
     };
 }
 

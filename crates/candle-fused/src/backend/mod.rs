@@ -25,6 +25,7 @@ pub(crate) mod products;
 mod simulated;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
+use candlewick_kernels::attention::Attention;
 
 #[cfg(test)]
 pub(crate) use simulated::simulate;
@@ -309,7 +310,7 @@ pub(crate) fn sum_of_products(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = left.device()
-        && let Some(sum) = hopper::sum_of_products(device, [left, right], [l, r], bias)?
+        && let Some(sum) = hopper::lora::sum_of_products(device, [left, right], [l, r], bias)?
     {
         return Ok(sum);
     }
@@ -322,11 +323,41 @@ pub(crate) fn sum_of_products(
 pub(crate) fn low_rank_gradient([g, b, h]: [&Tensor; 3], scale: f32, factor: DType) -> Result<[Tensor; 2]> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = g.device()
-        && let Some(both) = hopper::low_rank_gradient(device, [g, b, h], scale, factor)?
+        && let Some(both) = hopper::lora::low_rank_gradient(device, [g, b, h], scale, factor)?
     {
         return Ok(both);
     }
     let e = product_onto(g, b, scale, Place::Fresh(g.dtype()))?;
     // g has just been read: some of it is still in the cache.
     Ok([e, product_onto(&g.t()?, h, 1.0, Place::Fresh(factor))?])
+}
+
+/// y and the logarithms of the sums of exponentials, as the plan's forward leaves them, for q, k and v with its strides: where
+/// the device has a kernel of its own for such heads.
+pub(crate) fn attention_by_units(tensors: [&Tensor; 3], plan: &Attention) -> Result<Option<[Tensor; 2]>> {
+    match tensors[0].device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => hopper::attention::forward(device, tensors, plan),
+        _ => {
+            let _ = plan;
+            Ok(None)
+        }
+    }
+}
+
+/// The gradients of q, k and v, as the plan's backward computes all of them, from the forward's y, y's gradient and the
+/// logarithms: where the device has kernels of its own for such heads.
+pub(crate) fn attention_gradients_by_units(
+    tensors: [&Tensor; 3],
+    results: [&Tensor; 3],
+    plan: &Attention,
+) -> Result<Option<[Tensor; 3]>> {
+    match tensors[0].device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => hopper::attention::backward(device, tensors, results, plan),
+        _ => {
+            let _ = (results, plan);
+            Ok(None)
+        }
+    }
 }

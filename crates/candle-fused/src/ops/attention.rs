@@ -8,8 +8,9 @@
 //! are the sums over their group, in its order.
 //!
 //! On a GPU the heads' rows are tiles of 16-bit values, multiplied by its matrix units: scores exist in registers alone
-//! (`kernels/attention.metal`), and the logarithms of the sums of their exponentials are saved for the backward. What has no such
-//! tiles is done by products (`attention_products.rs`).
+//! (`kernels/attention.metal`), and the logarithms of the sums of their exponentials are saved for the backward. Where a GPU
+//! has units that the dialect does not reach, kernels of its own do the same (`kernels/hopper/`). What has no such tiles is
+//! done by products (`attention_products.rs`).
 
 use candle_core::{D, DType, Result, Shape, Tensor, bail};
 use candlewick_kernels::attention::{Attention as Plans, AttentionGradients};
@@ -176,6 +177,9 @@ impl Tiles {
 
     fn forward(&self) -> Attempt<Attended> {
         let Self { q, k, v, plans } = self;
+        if let Some([y, logarithms]) = backend::attention_by_units([q, k, v], plans)? {
+            return Ok(Attended { y, logarithms: Some(logarithms) });
+        }
         let logarithms = Shape::from((plans.batch, plans.heads, plans.queries));
         let recipe = gpu::kept(*plans, Plans::forward);
         let mut outputs = gpu::run(&[q, k, v], &[q.shape(), &logarithms], recipe)?;
@@ -192,6 +196,12 @@ impl Tiles {
     ) -> Attempt<[Option<Tensor>; 3]> {
         let Self { q, k, v, plans } = self;
         let (y, grad) = (gpu::vector_rows(&gpu::contiguous(y)?)?, gpu::vector_rows(grad)?);
+        if wanted == [true; 3]
+            && let Some(gradients) =
+                backend::attention_gradients_by_units([q, k, v], [&y, &grad, logarithms], plans)?
+        {
+            return Ok(gradients.map(Some));
+        }
         let shapes = [(q, wanted[0]), (k, wanted[1]), (v, wanted[2])];
         let shapes: Vec<&Shape> =
             shapes.iter().filter(|(_, wanted)| *wanted).map(|(x, _)| x.shape()).collect();

@@ -1,72 +1,11 @@
-//! Runs `candlewick_kernels::hopper`'s kernels: matrices are handed over as tensor maps, which the device's units for tiles
-//! read, and launches go to Candle's stream. Needs CUDA 12.
+//! LoRA's products by the kernels of [`candlewick_kernels::hopper`].
 
-use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
-use std::ptr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use candle_core::{CudaDevice, DType, Result, Tensor, bail};
+use candlewick_kernels::hopper::{GradientPass, LowRankGradient, ROW_ALIGNMENT, SumOfProducts};
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaModule, CudaStream, result, sys};
-use candle_core::{CudaDevice, DType, Error, Result, Tensor, bail};
-use candlewick_kernels::hopper::{
-    COMPUTE_CAPABILITY, GradientPass, Launch, LowRankGradient, ROW_ALIGNMENT, SumOfProducts, Text, Tiled,
-};
-
-use super::cuda::{self, Cuda, Function, Lies};
-use super::{DeviceKind, gpu};
-use crate::{DeviceError, telemetry};
-
-/// What is known and compiled for one device.
-#[derive(Default)]
-pub(super) struct Hopper {
-    multiprocessors: OnceLock<Option<usize>>,
-    modules: Mutex<HashMap<Text, Compiled<Arc<CudaModule>>>>,
-    functions: Mutex<HashMap<(Text, &'static str), Compiled<Function>>>,
-}
-
-type Compiled<T> = std::result::Result<T, DeviceError>;
-
-impl Hopper {
-    /// The device's multiprocessors, if the kernels are for it.
-    fn multiprocessors(&self, context: &CudaContext) -> Option<usize> {
-        *self.multiprocessors.get_or_init(|| {
-            let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-            let is_hopper = context.compute_capability().ok()? == COMPUTE_CAPABILITY;
-            is_hopper
-                .then(|| context.attribute(attribute).ok())
-                .flatten()
-                .and_then(|count| count.try_into().ok())
-        })
-    }
-
-    /// The kernel of a launch, compiled before or now. What was refused once is refused again.
-    fn function(&self, cuda: &Cuda, launch: &Launch) -> Compiled<Function> {
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let made = || {
-            let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-            let module = || cuda.specific(launch.kernel, &launch.text.source());
-            function(
-                modules.entry(launch.text).or_insert_with(module).as_ref().map_err(Clone::clone)?,
-                launch,
-            )
-        };
-        functions.entry((launch.text, launch.kernel)).or_insert_with(made).clone()
-    }
-}
-
-fn function(module: &Arc<CudaModule>, launch: &Launch) -> Compiled<Function> {
-    let function = Function::of(module, launch.kernel)?;
-    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    let refused = |error: &dyn ToString| DeviceError::Pipeline {
-        name: launch.kernel.to_owned(),
-        reason: error.to_string(),
-    };
-    let bytes = c_int::try_from(launch.shared_bytes).map_err(|error| refused(&error))?;
-    // SAFETY: the function belongs to a module that `function` keeps loaded.
-    unsafe { result::function::set_function_attribute(function.cu_function(), attribute, bytes) }
-        .map_err(|error| refused(&error))?;
-    Ok(function)
-}
+use super::{Source, fresh, queue, warned};
+use crate::backend::cuda::{self, Cuda, Lies};
+use crate::backend::gpu;
 
 /// How a matrix lies, if tiles can have it: where it and its rows, or columns, begin at whole pieces of 16 bytes.
 fn lies(matrix: &Tensor) -> Result<Option<Lies>> {
@@ -81,107 +20,8 @@ fn row_stride(matrix: &Tensor) -> Result<Option<usize>> {
     Ok(lies(matrix)?.filter(|lies| lies.in_rows).map(|lies| lies.stride))
 }
 
-/// A matrix to take in tiles: the address of its first value, and the distance between its rows in memory, in values.
-#[derive(Clone, Copy)]
-struct Matrix {
-    address: u64,
-    stride: usize,
-}
-
-/// The driver's description of a matrix and its tiles.
-fn tensor_map(matrix: Matrix, tiled: &Tiled, dtype: DType) -> Result<sys::CUtensorMap> {
-    use sys::CUtensorMapDataType_enum::{CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16};
-    use sys::CUtensorMapSwizzle_enum::{CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_128B};
-    let of_type = match dtype {
-        DType::F16 => CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        DType::BF16 => CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        other => bail!("tiles hold f16 or bf16, got {}", other.as_str()),
-    };
-    let [tile_rows, tile_columns] = tiled.tile;
-    let swizzle = match tile_columns {
-        16 => CU_TENSOR_MAP_SWIZZLE_32B,
-        64 => CU_TENSOR_MAP_SWIZZLE_128B,
-        other => bail!("a tile has 16 or 64 columns, got {other}"),
-    };
-    let sizes = [tiled.columns as u64, tiled.rows as u64];
-    let strides = [(matrix.stride * dtype.size_in_bytes()) as u64];
-    let (tile, steps) = ([tile_columns, tile_rows], [1, 1]);
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the map is written, and the arrays read, before the call returns; each has as many elements as two dimensions
-    // ask for. The address is not followed here: the launch says why what the map spans is there.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &raw mut map,
-            of_type,
-            2,
-            matrix.address as *mut c_void,
-            sizes.as_ptr(),
-            strides.as_ptr(),
-            tile.as_ptr(),
-            steps.as_ptr(),
-            sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(Error::wrap)?;
-    Ok(map)
-}
-
-/// Queues a launch: of `matrices` by tiles, and of `addresses`.
-///
-/// # Safety
-/// The matrices and what is at the addresses are those that the launch was planned for, alive on the device and of `dtype`
-/// where the launch says so; what it writes, nobody else has.
-unsafe fn queue(
-    stream: &CudaStream,
-    (launch, function): (&Launch, &Function),
-    dtype: DType,
-    matrices: &[Matrix],
-    addresses: &[u64],
-) -> Result<()> {
-    if matrices.len() != launch.tiles.len() {
-        bail!("{} takes {} matrices, got {}", launch.kernel, launch.tiles.len(), matrices.len());
-    }
-    let maps = matrices.iter().zip(&launch.tiles).map(|(&matrix, tiled)| tensor_map(matrix, tiled, dtype));
-    let maps: Vec<_> = maps.collect::<Result<_>>()?;
-    let maps = maps.iter().map(|map| ptr::from_ref(map).cast_mut().cast::<c_void>());
-    let addresses = addresses.iter().map(|address| ptr::from_ref(address).cast_mut().cast());
-    let mut parameters: Vec<_> = maps.chain(addresses).collect();
-    parameters.push(launch.params.as_ptr().cast_mut().cast());
-    let [x, y] = launch.threadgroups;
-    // SAFETY: `parameters` are one address for each of the kernel's arguments, in order, all alive until the call returns,
-    // which copies them. The kernels stay inside of their matrices: the units for tiles do by themselves, and what is at an
-    // address is read and written below the sizes in the parameters. The work is queued on the stream that all of the
-    // device's work is queued on.
-    unsafe {
-        result::launch_kernel(
-            function.cu_function(),
-            (x, y, 1),
-            (launch.threads, 1, 1),
-            launch.shared_bytes,
-            stream.cu_stream(),
-            &mut parameters,
-        )
-    }
-    .map_err(Error::wrap)
-}
-
-/// A kernel that the device should take and refuses is worth a warning: the device's own products do its work.
-fn warned<T>(kernel: &'static str, made: std::result::Result<T, DeviceError>) -> Option<T> {
-    made.inspect_err(|error| telemetry::warn_once(kernel, DeviceKind::Cuda, error)).ok()
-}
-
-/// An uninitialised matrix.
-fn fresh((rows, columns): (usize, usize), dtype: DType, like: &Tensor) -> Result<Tensor> {
-    // SAFETY: only results and scratch are made so, and their launches write every element before any is read.
-    unsafe { Tensor::empty((rows, columns), dtype, like.device()) }
-}
-
 /// `left·right + l·r + bias`, where there is a kernel that takes less time than the device's own products.
-pub(super) fn sum_of_products(
+pub(in crate::backend) fn sum_of_products(
     device: &CudaDevice,
     [left, right]: [&Tensor; 2],
     [l, r]: [&Tensor; 2],
@@ -217,7 +57,7 @@ pub(super) fn sum_of_products(
     let y = fresh((rows, columns), dtype, left)?;
     let tensors = [left, right, l, r, &y, bias.unwrap_or(l)];
     cuda::with_addresses(cuda.stream(), tensors, |[left, right, l, r, y, bias]| {
-        let matrix = |address, stride| Matrix { address, stride };
+        let matrix = |address, stride| Source { address, strides: [stride; 3] };
         let matrices = [
             matrix(left, left_stride),
             matrix(right, of_right.stride),
@@ -233,7 +73,7 @@ pub(super) fn sum_of_products(
 
 /// `scale·g·b` in the dtype of `g` and `gᵀ·h` in `factor`, for `g [n, out]`, `b [out, r]` and `h [n, r]`, by one pass over `g`,
 /// where there is a kernel for it.
-pub(super) fn low_rank_gradient(
+pub(in crate::backend) fn low_rank_gradient(
     device: &CudaDevice,
     [g, b, h]: [&Tensor; 3],
     scale: f32,
@@ -266,7 +106,7 @@ pub(super) fn low_rank_gradient(
     let scratch = fresh((1, e_parts + d_parts), DType::F32, g)?;
     let (e, d) = (fresh((rows, rank), dtype, g)?, fresh((columns, rank), factor, g)?);
     cuda::with_addresses(cuda.stream(), [g, b, h, &scratch, &e, &d], |[g, b, h, scratch, e, d]| {
-        let matrix = |address, stride| Matrix { address, stride };
+        let matrix = |address, stride| Source { address, strides: [stride; 3] };
         let matrices = [matrix(g, g_stride), matrix(b, b_stride), matrix(h, h_stride)];
         let scratches = [scratch, scratch + (e_parts * size_of::<f32>()) as u64];
         // SAFETY: as above; the scratch is as large as the plan says, fresh like both results, and the second launch runs
@@ -281,24 +121,10 @@ pub(super) fn low_rank_gradient(
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use candle_core::Device;
 
+    use super::super::tests::hopper;
     use super::*;
-
-    /// The device, if it is one that the kernels are for.
-    fn hopper() -> Option<CudaDevice> {
-        let device = Device::new_cuda(0).ok().and_then(|device| device.as_cuda_device().ok().cloned());
-        let device = device.filter(|device| {
-            let stream = device.cuda_stream();
-            stream.context().compute_capability().unwrap() == COMPUTE_CAPABILITY
-        });
-        if device.is_none() {
-            std::io::stderr().write_all(b"skipped: no device of compute capability 9.0\n").unwrap();
-        }
-        device
-    }
 
     /// A matrix on the device, exact in f16 and bf16: a window of a wider one, `before` columns from its beginning.
     fn matrix(device: &CudaDevice, dims: [usize; 2], before: usize, dtype: DType, seed: usize) -> Tensor {

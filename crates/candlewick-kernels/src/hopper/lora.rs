@@ -1,137 +1,8 @@
-//! Kernels of LoRA for one architecture alone, NVIDIA's Hopper (compute capability 9.0), whose matrix units no word of the
-//! dialect reaches at their full speed. They are texts for CUDA, `kernels/hopper/`, beside what runs everywhere; where
-//! they do not serve, the device's own products do the same work in more passes.
-//!
-//! [`SumOfProducts`] is a base product with the low-rank one as the last steps of its sum, [`LowRankGradient`] one pass
-//! over a gradient for what two products would read it twice for.
+//! A base product with LoRA's update in its sum, and one pass over a gradient for both that need it.
 
-use std::fmt::Write as _;
-
-use crate::launch::{Storage, Target};
+use super::{BOX, BOX_BYTES, Launch, ROOM_BESIDE, Text, Tiled, UNIT, serves};
+use crate::launch::Storage;
 use crate::params::{Params, small};
-use crate::source::{SourceFile, source_file};
-
-/// The compute capability that they are for.
-pub const COMPUTE_CAPABILITY: (i32, i32) = (9, 0);
-/// Rows of matrices begin at multiples of so many bytes.
-pub const ROW_ALIGNMENT: usize = 16;
-
-const TILES: SourceFile = source_file!("kernels/hopper/tiles.h");
-const SUM_OF_PRODUCTS: SourceFile = source_file!("kernels/hopper/sum_of_products.cu");
-const LOW_RANK_GRADIENT: SourceFile = source_file!("kernels/hopper/low_rank_gradient.cu");
-
-/// Columns of a tile, and rows but for the halves of a product's factors.
-const BOX: u32 = 64;
-const BOX_BYTES: u32 = BOX * BOX * 2;
-/// What one product of tiles sums over, and the columns of a tile of a factor.
-const UNIT: u32 = 16;
-/// Beside the tiles: barriers, and the way to a multiple of 1024 bytes.
-const ROOM_BESIDE: u32 = 1024 + 256;
-
-/// A text of `kernels/hopper/`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Text {
-    /// `sum_of_products.cu`
-    SumOfProducts {
-        /// Of all matrices, 16 bits.
-        storage: Storage,
-        /// Whether the right factors lie as they are, row after row.
-        turned: bool,
-        /// Whether there is a bias.
-        bias: bool,
-    },
-    /// `low_rank_gradient.cu`
-    LowRankGradient {
-        /// Of all matrices but the factor's gradient, 16 bits.
-        storage: Storage,
-        /// Ranks that there is room for, 16 or 32.
-        room: u32,
-        /// Of the factor's gradient.
-        factor: Storage,
-    },
-}
-
-impl Text {
-    /// Every text.
-    #[must_use]
-    pub fn all() -> Vec<Self> {
-        let narrow = [Storage::F16, Storage::BF16];
-        let products = narrow.into_iter().flat_map(|storage| {
-            [(false, false), (false, true), (true, false), (true, true)]
-                .map(|(turned, bias)| Self::SumOfProducts { storage, turned, bias })
-        });
-        let gradients = narrow.into_iter().flat_map(|storage| {
-            [(16, storage), (32, storage), (16, Storage::F32), (32, Storage::F32)]
-                .map(|(room, factor)| Self::LowRankGradient { storage, room, factor })
-        });
-        products.chain(gradients).collect()
-    }
-
-    /// The whole text, for `--gpu-architecture=sm_90a`.
-    #[must_use]
-    pub fn source(self) -> String {
-        let (file, storage, defines) = match self {
-            Self::SumOfProducts { storage, turned, bias } => {
-                let defines =
-                    vec![("TURNED", u8::from(turned).to_string()), ("BIAS", u8::from(bias).to_string())];
-                (SUM_OF_PRODUCTS, storage, defines)
-            }
-            Self::LowRankGradient { storage, room, factor } => {
-                let defines = vec![("RANK", format!("{room}u")), ("FACTOR", factor.word().to_owned())];
-                (LOW_RANK_GRADIENT, storage, defines)
-            }
-        };
-        let element = if storage == Storage::F16 { "\"f16\"" } else { "\"bf16\"" };
-        let defines =
-            [("T", storage.word().to_owned()), ("ELEMENT", element.to_owned())].into_iter().chain(defines);
-        let mut text = String::new();
-        let dialect = Target::Cuda.dialect();
-        // Writing into a String cannot fail.
-        let _ = writeln!(text, "#line 1 \"{}\"\n{}\n#line 1 \"defines\"", dialect.path, dialect.text);
-        for (name, value) in defines {
-            let _ = writeln!(text, "#define {name} {value}");
-        }
-        for part in [TILES, file] {
-            let _ = writeln!(text, "#line 1 \"{}\"\n{}", part.path, part.text);
-        }
-        text
-    }
-}
-
-/// A matrix of 16-bit values as a kernel takes it, tile by tile (a `MAP` of its text).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tiled {
-    /// Rows in memory, as they lie.
-    pub rows: usize,
-    /// Values of each.
-    pub columns: usize,
-    /// Rows and columns of a tile. Its rows take 32 or 128 bytes, which is also what its swizzle spans.
-    pub tile: [u32; 2],
-}
-
-/// One dispatch.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// The entry point's name.
-    pub kernel: &'static str,
-    /// The text that holds it.
-    pub text: Text,
-    /// The kernel's first arguments, in order; addresses come next, the parameters last.
-    pub tiles: Vec<Tiled>,
-    /// Threadgroups of the grid, along x and y.
-    pub threadgroups: [u32; 2],
-    /// Threads of each.
-    pub threads: u32,
-    /// Shared memory of each that the launch asks for, in bytes.
-    pub shared_bytes: u32,
-    /// The bytes of the `PARAM` struct.
-    pub params: Vec<u8>,
-}
-
-/// Whether a dimension of rows in memory serves: not empty, rows of whole 16 bytes, and an index fits 31 bits.
-fn serves(columns: usize) -> bool {
-    columns > 0 && columns.is_multiple_of(ROW_ALIGNMENT / 2) && i32::try_from(columns).is_ok()
-}
 
 /// `y = L·R + l·r + bias` with `L [rows, inner]`, `R [inner, columns]`, `l [rows, rank]`, `r [rank, columns]`, all of one
 /// 16-bit type, summed in f32 and rounded once.
@@ -172,13 +43,13 @@ impl SumOfProducts {
         let half = 2 * BOX;
         let right = |inner| {
             if turned {
-                Tiled { rows: inner, columns, tile: [BOX, BOX] }
+                Tiled::Matrix { rows: inner, columns, tile: [BOX, BOX] }
             } else {
-                Tiled { rows: columns, columns: inner, tile: [half, BOX] }
+                Tiled::Matrix { rows: columns, columns: inner, tile: [half, BOX] }
             }
         };
-        let left = |columns| Tiled { rows, columns, tile: [half, BOX] };
-        let result = Tiled { rows, columns, tile: [BOX, BOX] };
+        let left = |columns| Tiled::Matrix { rows, columns, tile: [half, BOX] };
+        let result = Tiled::Matrix { rows, columns, tile: [BOX, BOX] };
         let stages = 4 * (Self::PART_ROWS / Self::CLUSTER + Self::PART_COLUMNS);
         Some(Launch {
             kernel: "sum_of_products",
@@ -274,13 +145,13 @@ impl LowRankGradient {
         let rows_of_part = rows.div_ceil(down).next_multiple_of(tile);
         let down = rows.div_ceil(rows_of_part);
         let text = Text::LowRankGradient { storage, room: small(room), factor };
-        let chunk = |rows| Tiled { rows, columns: rank, tile: [BOX, UNIT] };
+        let chunk = |rows| Tiled::Matrix { rows, columns: rank, tile: [BOX, UNIT] };
         let chunk_bytes = BOX * small(room) * 2;
         let stage = (4 * BOX_BYTES + chunk_bytes).next_multiple_of(1024);
         let pass = Launch {
             kernel: "low_rank_gradient",
             text,
-            tiles: vec![Tiled { rows, columns, tile: [BOX, BOX] }, chunk(columns), chunk(rows)],
+            tiles: vec![Tiled::Matrix { rows, columns, tile: [BOX, BOX] }, chunk(columns), chunk(rows)],
             threadgroups: [small(across), small(down)],
             threads: 160,
             shared_bytes: stages * stage + 4 * chunk_bytes + ROOM_BESIDE,
@@ -308,6 +179,7 @@ impl LowRankGradient {
 
 #[cfg(test)]
 mod tests {
+    use super::super::SHARED_BYTES;
     use super::*;
 
     const MULTIPROCESSORS: usize = 132;
@@ -316,9 +188,6 @@ mod tests {
         SumOfProducts { rows, columns, inner, rank: 16, storage: Storage::BF16, turned: false, bias: false }
     }
 
-    /// What a multiprocessor of compute capability 9.0 has for one threadgroup.
-    const SHARED_BYTES: u32 = 227 * 1024;
-
     #[test]
     fn a_product_has_as_many_clusters_as_it_has_parts_at_most() {
         let large = product(8192, 4096, 4096).launch(MULTIPROCESSORS).unwrap();
@@ -326,11 +195,11 @@ mod tests {
         assert!(large.shared_bytes <= SHARED_BYTES, "{}", large.shared_bytes);
         let small = product(1000, 520, 328).launch(MULTIPROCESSORS).unwrap();
         assert_eq!(small.threadgroups, [2 * 4 * 3, 1]);
-        assert_eq!(small.tiles[1], Tiled { rows: 520, columns: 328, tile: [128, 64] });
+        assert_eq!(small.tiles[1], Tiled::Matrix { rows: 520, columns: 328, tile: [128, 64] });
         let turned =
             SumOfProducts { turned: true, ..product(1000, 520, 328) }.launch(MULTIPROCESSORS).unwrap();
-        assert_eq!(turned.tiles[1], Tiled { rows: 328, columns: 520, tile: [64, 64] });
-        assert_eq!(turned.tiles[3], Tiled { rows: 16, columns: 520, tile: [64, 64] });
+        assert_eq!(turned.tiles[1], Tiled::Matrix { rows: 328, columns: 520, tile: [64, 64] });
+        assert_eq!(turned.tiles[3], Tiled::Matrix { rows: 16, columns: 520, tile: [64, 64] });
     }
 
     #[test]
