@@ -7,18 +7,25 @@
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
 use std::mem::MaybeUninit;
+use std::ops::RangeInclusive;
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
 
 use crate::cpu::dispatch::{self, Vectorised};
 use crate::cpu::lanes::{Element, Lanes};
-use crate::cpu::rows::{Out, Row, RowLoop};
+use crate::cpu::rows::{In, Out, Row, RowLoop};
 use crate::cpu::spread::spread;
 use crate::graph;
 
-/// The bytes of a task.
-const TASK: usize = 32 * 1024;
+/// The bytes of a task: enough to begin the next one seldom, because at its end a task asks for rows that are another's.
+const TASK: RangeInclusive<usize> = 32 * 1024..=256 * 1024;
+/// There are so many tasks, or more, unless they are the least.
+const TASKS: usize = 128;
+/// What is asked for is at least so many bytes ahead of what is read: a page, where the processor's own foresight ends.
+const AHEAD: usize = 4096;
+/// A row of more bytes is not asked for as a whole: it might leave the cache before its turn.
+const LONG: usize = 64 * 1024;
 /// Fewer elements are not worth asking other threads, which takes some microseconds, and 10 to 30 until one comes.
 const PARALLEL: usize = 192 * 1024;
 /// The same where each element costs an exponential.
@@ -26,7 +33,7 @@ const PARALLEL_EXPONENTIALS: usize = 24 * 1024;
 /// What moves more bytes would not stay in the cache, and is written past it.
 const STREAM: usize = 12 * 1024 * 1024;
 /// The elements of a piece, where rows do not matter.
-const PIECE: usize = 4 * 1024;
+const PIECE: usize = 2 * 1024;
 /// A sum over rows has at most so many partial sums, of at least `MIN_ROWS` rows each.
 const MAX_PARTIALS: usize = 64;
 const MIN_ROWS: usize = 16;
@@ -94,7 +101,7 @@ fn over<T: Element, R: RowLoop<1, 1, 0>>(
             for (index, to) in (first..).zip(rows.chunks_exact_mut(d)) {
                 copy.clear();
                 copy.extend_from_slice(to);
-                let (inputs, outputs) = ([copy.as_slice()], [Some(Out::over(to))]);
+                let (inputs, outputs) = ([In::new(copy, 0)], [Some(Out::over(to))]);
                 row.row::<L, T>(Row { index, inputs, outputs, sums: [], scratch });
             }
         }
@@ -103,7 +110,7 @@ fn over<T: Element, R: RowLoop<1, 1, 0>>(
     if data.len() != rows * d || d == 0 {
         bail!("a tensor that is written over must be the whole of its storage");
     }
-    let block = (TASK / (d * size_of::<T>())).max(1);
+    let block = block(size_of_val(data.as_slice()), d * size_of::<T>());
     let worth = data.len() >= worth::<R, 1, 1, 0>();
     let tasks: Vec<_> = data.chunks_mut(block * d).enumerate().collect();
     spread(tasks, worth, |(copy, scratch): &mut (Vec<T>, Vec<f32>), (index, rows)| {
@@ -186,6 +193,11 @@ pub(crate) fn with_f32<const N: usize, R>(
     }))?)
 }
 
+/// The rows of a task, by the bytes of all of them and of one.
+fn block(all: usize, row: usize) -> usize {
+    ((all / TASKS).clamp(*TASK.start(), *TASK.end()) / row.max(1)).max(1)
+}
+
 /// The number and the length of the rows along the last dimension.
 fn matrix(shape: &Shape) -> (usize, usize) {
     match shape.dims() {
@@ -247,8 +259,18 @@ impl<'a, T> Rows<'a, T> {
         Self { data, offset: layout.start_offset(), outer }
     }
 
-    /// At a row.
-    fn cursor(&self, mut row: usize) -> Cursor<'_, T> {
+    /// So many bytes after a row's element lies that of the next row, or of a later one where rows are short. (Where the
+    /// outer dimensions do not merge, not always; nothing depends on it but time.)
+    fn ahead(&self, d: usize) -> usize {
+        let bytes = d * size_of::<T>();
+        match self.outer.last() {
+            Some(&(_, stride)) if bytes <= LONG => stride * size_of::<T>() * AHEAD.div_ceil(bytes.max(1)),
+            _ => AHEAD,
+        }
+    }
+
+    /// At a row of `d` elements.
+    fn cursor(&self, mut row: usize, d: usize) -> Cursor<'_, T> {
         let mut start = self.offset;
         let mut index = vec![0; self.outer.len()];
         for (i, &(size, stride)) in self.outer.iter().enumerate().rev() {
@@ -256,7 +278,7 @@ impl<'a, T> Rows<'a, T> {
             row /= size;
             start += index[i] * stride;
         }
-        Cursor { rows: self, index, start }
+        Cursor { rows: self, index, start, ahead: self.ahead(d) }
     }
 }
 
@@ -265,6 +287,8 @@ struct Cursor<'a, T> {
     rows: &'a Rows<'a, T>,
     index: Vec<usize>,
     start: usize,
+    /// See [`Rows::ahead`].
+    ahead: usize,
 }
 
 impl<'a, T> Cursor<'a, T> {
@@ -344,7 +368,7 @@ fn run_on<T: Stored, R: RowLoop<N, M, P>, const N: usize, const M: usize, const 
     let block = if summed {
         rows.div_ceil(MAX_PARTIALS).max(MIN_ROWS)
     } else {
-        (TASK / (d * size_of::<T>()).max(1)).max(1)
+        block(count * size_of::<T>(), d * size_of::<T>())
     };
     let mut partials = vec![0f32; if summed { rows.div_ceil(block) * P * d } else { 0 }];
     let mut free_partials = partials.as_mut_slice();
@@ -433,12 +457,12 @@ impl<T: Element, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: u
     fn run<L: Lanes>(self) {
         let Self { row, sources, sizes: Sizes { count, d, stream }, scratch, task } = self;
         let Task { first, statistics, mut outputs, mut sums } = task;
-        let mut cursors = sources.each_ref().map(|source| source.cursor(first));
+        let mut cursors = sources.each_ref().map(|source| source.cursor(first, d));
         let mut left = count - (first * d).min(count);
         for (index, statistic) in (first..).zip(statistics) {
             let len = d.min(left);
             left -= len;
-            let inputs = cursors.each_mut().map(|cursor| cursor.next(len));
+            let inputs = cursors.each_mut().map(|cursor| In::new(cursor.next(len), cursor.ahead));
             let outputs = outputs.each_mut().map(|outputs| {
                 let outputs = outputs.as_mut()?;
                 Some(Out::new(outputs.split_off_mut(..len).unwrap_or_default(), stream))

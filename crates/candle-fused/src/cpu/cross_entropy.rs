@@ -3,7 +3,7 @@
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
 use super::lanes::{Element, Lanes};
-use super::rows::{Row, RowLoop, map, max, one, round, sums, wide};
+use super::rows::{In, Row, RowLoop, map, max, one, round, sums, wide};
 
 /// A row longer than this is taken in parts, so that its maximum and the sum over it read the memory once.
 const PART: usize = 4096;
@@ -32,12 +32,12 @@ unsafe impl RowLoop<1, 0, 0> for Forward<'_> {
 }
 
 #[inline(always)]
-fn log_sum_exp<L: Lanes, T: Element>(x: &[T]) -> [f32; 2] {
+fn log_sum_exp<L: Lanes, T: Element>(x: In<'_, T>) -> [f32; 2] {
     let (mut greatest, mut total) = (f32::NEG_INFINITY, 0f32);
-    for part in x.chunks(PART) {
+    for part in x.parts(PART) {
         let before = greatest;
         let here = max::<L, T>(
-            part,
+            &part,
             #[inline(always)]
             |x| x,
         );

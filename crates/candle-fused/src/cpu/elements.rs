@@ -5,7 +5,7 @@
 use candlewick_kernels::adam::Adam as Constants;
 
 use super::lanes::{Element, Lanes};
-use super::rows::{Row, RowLoop, map, pass};
+use super::rows::{In, Row, RowLoop, map, pass};
 use crate::ops::lora_linear::Dropout;
 
 /// `x + y`.
@@ -19,7 +19,7 @@ unsafe impl RowLoop<2, 1, 0> for Add {
     fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 2, 1, 0>) {
         let [Some(sum)] = row.outputs else { return };
         map(
-            row.inputs,
+            row.inputs.map(In::soon),
             [],
             sum,
             #[inline(always)]
@@ -41,7 +41,7 @@ unsafe impl RowLoop<4, 3, 0> for Adam {
         let [new1, old2, new2] = [new1, old2, new2].map(L::splat);
         let [eps, rate, part, shrink, l2] = [eps, rate, part, shrink, decay].map(L::splat);
         pass(
-            row.inputs,
+            row.inputs.map(In::soon),
             [],
             row.outputs,
             [],
@@ -72,7 +72,7 @@ unsafe impl RowLoop<1, 1, 0> for Drop {
         let factors = &mut row.scratch[..x.len()];
         mask(self.0, row.index, factors);
         map(
-            [x],
+            [x.soon()],
             [&*factors],
             y,
             #[inline(always)]

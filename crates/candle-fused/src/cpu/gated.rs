@@ -5,7 +5,7 @@
 use candlewick_kernels::gated::Gate;
 
 use super::lanes::{Element, Lanes};
-use super::rows::{Row, RowLoop, map, pass};
+use super::rows::{In, Row, RowLoop, map, pass};
 
 /// `z·σ(z)` and its slope `σ·(1 + z·(1 − σ))`.
 #[inline(always)]
@@ -48,14 +48,14 @@ unsafe impl RowLoop<2, 1, 0> for Forward {
         let [Some(y)] = row.outputs else { return };
         match self.0 {
             Gate::Silu => map(
-                row.inputs,
+                row.inputs.map(In::soon),
                 [],
                 y,
                 #[inline(always)]
                 |[z, up]: [L; 2], []| silu::<L, T>(z)[0] * up,
             ),
             Gate::Gelu => map(
-                row.inputs,
+                row.inputs.map(In::soon),
                 [],
                 y,
                 #[inline(always)]
@@ -94,7 +94,7 @@ unsafe impl RowLoop<3, 2, 0> for Backward {
 #[inline(always)]
 fn gradients<L: Lanes, T: Element>(row: Row<'_, T, 3, 2, 0>, f: impl Fn(L) -> [L; 2]) {
     pass(
-        row.inputs,
+        row.inputs.map(In::soon),
         [],
         row.outputs,
         [],

@@ -111,7 +111,8 @@ unsafe impl RowLoop<1, 1, 0> for Forward<'_> {
     #[inline(always)]
     fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
         let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
-        let (mean, squares) = if self.centred { centred::<L, T>(x) } else { (0.0, squares::<L, T>(x, 0.0)) };
+        let (mean, squares) =
+            if self.centred { centred::<L, T>(&x) } else { (0.0, squares::<L, T>(&x, 0.0)) };
         let r = reciprocal_deviation(squares, x.len(), self.eps);
         let (mean, r) = (L::splat(mean), L::splat(r));
         match (self.weight, self.bias) {
@@ -189,7 +190,7 @@ impl Backward<'_> {
         h: impl Fn(L, [L; K]) -> L,
     ) {
         let [x, g] = row.inputs;
-        let ([mean, r], shift, along) = self.sums(x, g, weight, &h);
+        let ([mean, r], shift, along) = self.sums(&x, &g, weight, &h);
         let (mean, r, shift, along) = (L::splat(mean), L::splat(r), L::splat(shift), L::splat(along));
         pass(
             [x, g],

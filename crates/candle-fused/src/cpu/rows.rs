@@ -4,6 +4,7 @@
 
 use std::any::TypeId;
 use std::mem::MaybeUninit;
+use std::ops::Deref;
 
 use super::lanes::{Element, LANES, Lanes, Piece, Room, as_room};
 
@@ -26,13 +27,99 @@ pub(crate) unsafe trait RowLoop<const N: usize, const M: usize, const P: usize>:
 pub(crate) struct Row<'a, T, const N: usize, const M: usize, const P: usize> {
     /// Among the rows; where rows do not matter, the row-major index of the first element.
     pub(crate) index: usize,
-    pub(crate) inputs: [&'a [T]; N],
+    pub(crate) inputs: [In<'a, T>; N],
     /// Those that are wanted.
     pub(crate) outputs: [Option<Out<'a, T>>; M],
     /// Of f32, to be added to.
     pub(crate) sums: [Option<&'a mut [f32]>; P],
     /// As long as the row, if the loop asks for it.
     pub(crate) scratch: &'a mut [f32],
+}
+
+/// A row to be read.
+///
+/// While a loop computes from the cache or writes, memory has time for what comes next. So the last pass over a row is given this
+/// and asks for another row, piece by piece; the passes before it are given a slice.
+pub(crate) struct In<'a, T, const SOON: bool = false> {
+    row: &'a [T],
+    /// So many bytes after a piece lies what is asked for when the piece is read, `SOON` if there is no pass in between.
+    ahead: usize,
+}
+
+impl<T, const SOON: bool> Clone for In<'_, T, SOON> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, const SOON: bool> Copy for In<'_, T, SOON> {}
+
+impl<T> Deref for In<'_, T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        self.row
+    }
+}
+
+impl<'a, T> In<'a, T> {
+    #[inline(always)]
+    pub(crate) fn new(row: &'a [T], ahead: usize) -> Self {
+        Self { row, ahead }
+    }
+
+    /// For a loop of one pass.
+    #[inline(always)]
+    pub(super) fn soon(self) -> In<'a, T, true> {
+        In { row: self.row, ahead: self.ahead }
+    }
+
+    /// The first elements, and the others.
+    #[inline(always)]
+    pub(super) fn split_at(self, mid: usize) -> (Self, Self) {
+        let (first, rest) = self.row.split_at(mid);
+        (Self { row: first, ..self }, Self { row: rest, ..self })
+    }
+
+    /// Parts of so many elements, each of which has all its passes before the next one.
+    #[inline(always)]
+    pub(super) fn parts(self, len: usize) -> impl Iterator<Item = Self> {
+        let ahead = if self.row.len() > len { len * size_of::<T>() } else { self.ahead };
+        self.row.chunks(len).map(
+            #[inline(always)]
+            move |row| Self { row, ahead },
+        )
+    }
+}
+
+/// What a pass reads.
+pub(super) trait Source<'a, T>: Copy {
+    fn row(self) -> &'a [T];
+
+    /// Asks for what is read later than this piece, if for anything.
+    #[inline(always)]
+    fn ask<L: Lanes>(self, _: &Piece<T>) {}
+}
+
+impl<'a, T> Source<'a, T> for &'a [T] {
+    #[inline(always)]
+    fn row(self) -> &'a [T] {
+        self
+    }
+}
+
+impl<'a, T, const SOON: bool> Source<'a, T> for In<'a, T, SOON> {
+    #[inline(always)]
+    fn row(self) -> &'a [T] {
+        self.row
+    }
+
+    #[inline(always)]
+    fn ask<L: Lanes>(self, piece: &Piece<T>) {
+        L::ask::<SOON>(piece.as_ptr().cast::<u8>().wrapping_add(self.ahead));
+    }
 }
 
 /// A row to be written.
@@ -111,31 +198,35 @@ pub(super) fn store_part<L: Lanes, T: Element>(lanes: L, to: &mut [MaybeUninit<T
     L::put_part(&piece, to);
 }
 
+/// The inputs of a pass that has none.
+pub(super) const NONE: [&[f32]; 0] = [];
+
 /// `M` values and `P` new values of `sums`, for each element of rows of one length: `f(inputs, wide, sums)`, where `wide`
 /// are f32 whatever the inputs are. What is not wanted is not written. Without `wide` and `sums`, `f` must be the same in
 /// every lane: elements may come in another order.
 #[inline(always)]
 pub(super) fn pass<
+    'a,
     L: Lanes,
-    T: Element,
+    T: Element + 'a,
     U: Element,
     const N: usize,
     const K: usize,
     const M: usize,
     const P: usize,
 >(
-    inputs: [&[T]; N],
+    sources: [impl Source<'a, T>; N],
     wide: [&[f32]; K],
     outputs: [Option<Out<'_, U>>; M],
     sums: [Option<&mut [f32]>; P],
     f: impl Fn([L; N], [L; K], [L; P]) -> ([L; M], [L; P]),
 ) {
-    let lens = (inputs.first().map(|row| row.len()), wide.first().map(|row| row.len()));
+    let lens = (sources.first().map(|source| source.row().len()), wide.first().map(|row| row.len()));
     let len = lens.0.or(lens.1).or(sums.iter().flatten().next().map(|sum| sum.len())).unwrap_or_default();
     let zero = L::splat(0.0);
-    let inputs = inputs.map(
+    let inputs = sources.map(
         #[inline(always)]
-        |row| pieces(row, len),
+        |source| pieces(source.row(), len),
     );
     let wide = wide.map(
         #[inline(always)]
@@ -158,6 +249,7 @@ pub(super) fn pass<
         let (mut x, mut w, mut s) = ([zero; N], [zero; K], [zero; P]);
         for k in 0..N {
             let from = &inputs[k].0[i];
+            sources[k].ask::<L>(from);
             x[k] = if any_order { T::load_any(from) } else { T::load(from) };
         }
         for k in 0..K {
@@ -218,8 +310,8 @@ pub(super) fn pass<
 
 /// `y = f(x, w)` for each element, as [`pass`] does it.
 #[inline(always)]
-pub(super) fn map<L: Lanes, T: Element, U: Element, const N: usize, const K: usize>(
-    inputs: [&[T]; N],
+pub(super) fn map<'a, L: Lanes, T: Element + 'a, U: Element, const N: usize, const K: usize>(
+    inputs: [impl Source<'a, T>; N],
     wide: [&[f32]; K],
     output: Out<'_, U>,
     f: impl Fn([L; N], [L; K]) -> L,
@@ -237,15 +329,23 @@ pub(super) fn map<L: Lanes, T: Element, U: Element, const N: usize, const K: usi
 /// `S` sums over the elements of rows of one length: `Σ f(inputs, wide)`. Each is made of `A` interleaved parts of
 /// sixteen lanes, more of which hide an addition's latency where `f` is short.
 #[inline(always)]
-pub(super) fn sums<const A: usize, L: Lanes, T: Element, const N: usize, const K: usize, const S: usize>(
-    inputs: [&[T]; N],
+pub(super) fn sums<
+    'a,
+    const A: usize,
+    L: Lanes,
+    T: Element + 'a,
+    const N: usize,
+    const K: usize,
+    const S: usize,
+>(
+    sources: [impl Source<'a, T>; N],
     wide: [&[f32]; K],
     f: impl Fn([L; N], [L; K]) -> [L; S],
 ) -> [f32; S] {
-    let len = inputs[0].len();
-    let inputs = inputs.map(
+    let len = sources[0].row().len();
+    let inputs = sources.map(
         #[inline(always)]
-        |row| pieces(row, len),
+        |source| pieces(source.row(), len),
     );
     let wide = wide.map(
         #[inline(always)]
@@ -274,7 +374,9 @@ pub(super) fn sums<const A: usize, L: Lanes, T: Element, const N: usize, const K
         for (a, total) in totals.iter_mut().enumerate() {
             let (mut x, mut w) = ([zero; N], [zero; K]);
             for k in 0..N {
-                x[k] = T::load(&inputs_whole[k][i][a]);
+                let from = &inputs_whole[k][i][a];
+                sources[k].ask::<L>(from);
+                x[k] = T::load(from);
             }
             for k in 0..K {
                 w[k] = L::load(&wide_whole[k][i][a]);

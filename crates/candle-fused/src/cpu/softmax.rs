@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 
 use super::dispatch::{self, Vectorised};
 use super::lanes::{Element, Lanes};
-use super::rows::{Out, Row, RowLoop, map, max, pass, sums};
+use super::rows::{In, NONE, Out, Row, RowLoop, map, max, pass, sums};
 
 /// How many entries of a row take part; the others are 0 in the results and are not read.
 #[derive(Clone, Copy)]
@@ -42,7 +42,7 @@ unsafe impl RowLoop<1, 1, 0> for Forward {
         let visible = self.visible.of(row.index, x.len());
         let (y, hidden) = y.split_at(visible);
         let scratch = &mut row.scratch[..visible];
-        let factor = exponentials::<L, T>(self.scale, &x[..visible], scratch);
+        let factor = exponentials::<L, T>(self.scale, x.split_at(visible).0, scratch);
         map(
             [&*scratch],
             [],
@@ -56,10 +56,10 @@ unsafe impl RowLoop<1, 1, 0> for Forward {
 
 /// Writes `exp(scale·x − max)` and returns the reciprocal of the sum.
 #[inline(always)]
-fn exponentials<L: Lanes, T: Element>(scale: f32, x: &[T], out: &mut [f32]) -> f32 {
+fn exponentials<L: Lanes, T: Element>(scale: f32, x: In<'_, T>, out: &mut [f32]) -> f32 {
     let scale = L::splat(scale);
     let greatest = L::splat(max::<L, T>(
-        x,
+        &x,
         #[inline(always)]
         |x| x * scale,
     ));
@@ -71,7 +71,7 @@ fn exponentials<L: Lanes, T: Element>(scale: f32, x: &[T], out: &mut [f32]) -> f
         |[x]: [L; 1], []| T::exp(x * scale - greatest),
     );
     let [total] = sums::<4, L, f32, 1, 0, 1>(
-        [out],
+        [&*out],
         [],
         #[inline(always)]
         |x, []| x,
@@ -94,15 +94,15 @@ unsafe impl RowLoop<2, 1, 0> for Backward {
         let ([y, g], [Some(dx)]) = (row.inputs, row.outputs) else { return };
         let visible = self.visible.of(row.index, y.len());
         let (dx, hidden) = dx.split_at(visible);
-        gradient::<L, T>(self.scale, &y[..visible], &g[..visible], dx);
+        gradient::<L, T>(self.scale, y.split_at(visible).0, g.split_at(visible).0, dx);
         hidden.fill(T::zero());
     }
 }
 
 #[inline(always)]
-fn gradient<L: Lanes, T: Element>(scale: f32, y: &[T], g: &[T], dx: Out<'_, T>) {
+fn gradient<L: Lanes, T: Element>(scale: f32, y: In<'_, T>, g: In<'_, T>, dx: Out<'_, T>) {
     let [dot] = sums::<4, L, T, 2, 0, 1>(
-        [y, g],
+        [&*y, &*g],
         [],
         #[inline(always)]
         |[y, g]: [L; 2], []| [y * g],
@@ -133,7 +133,7 @@ pub(crate) fn exponentials_in_place<T: Element>(scale: f32, scores: &mut [f32]) 
                 |x| x * scale,
             ));
             pass::<L, f32, f32, 0, 0, 0, 1>(
-                [],
+                NONE,
                 [],
                 [],
                 [Some(&mut *row)],
@@ -141,7 +141,7 @@ pub(crate) fn exponentials_in_place<T: Element>(scale: f32, scores: &mut [f32]) 
                 |[], [], [x]| ([], [T::exp(x * scale - greatest)]),
             );
             let [total] = sums::<4, L, f32, 1, 0, 1>(
-                [row],
+                [&*row],
                 [],
                 #[inline(always)]
                 |x, []| x,
@@ -163,14 +163,14 @@ pub(crate) fn backward_in_place(scale: f32, factor: f32, weights: &mut [f32], g:
         fn run<L: Lanes>(self) {
             let Self([scale, factor], [weights, g]) = self;
             let [dot] = sums::<4, L, f32, 2, 0, 1>(
-                [weights, g],
+                [&*weights, &*g],
                 [],
                 #[inline(always)]
                 |[y, g]: [L; 2], []| [y * g],
             );
             let (dot, scale, factor) = (L::splat(dot * factor), L::splat(scale), L::splat(factor));
             pass::<L, f32, f32, 0, 0, 0, 2>(
-                [],
+                NONE,
                 [],
                 [],
                 [Some(weights), Some(g)],

@@ -16,7 +16,7 @@ use super::gemm::Matrix;
 use super::guarded::Guarded;
 use super::lanes::{Element, Lanes, Piece};
 use super::low_rank::{Backward, Block, Delta, Inner, Rows};
-use super::rows::{self, Out, Row, RowLoop};
+use super::rows::{self, In, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
 use crate::ops::lora_linear::Dropout;
 
@@ -47,7 +47,7 @@ impl<R: RowLoop<N, M, P>, T: Element, const N: usize, const M: usize, const P: u
     fn run<L: Lanes>(self) {
         let row = Row {
             index: 0,
-            inputs: self.inputs.each_ref().map(Guarded::get),
+            inputs: self.inputs.each_ref().map(|input| In::new(input.get(), size_of_val(input.get()))),
             outputs: self.outputs.each_mut().map(|out| Some(Out::new(out.get_mut(), self.stream))),
             sums: self.sums.each_mut().map(|sum| self.wanted.then(|| sum.get_mut())),
             scratch: self.scratch,
@@ -226,7 +226,13 @@ fn long_rows_are_summed_in_parts() {
 
         #[inline(always)]
         fn run<L: Lanes>(self) -> cross_entropy::Loss {
-            let row = Row { index: 0, inputs: [self.0], outputs: [], sums: [], scratch: Default::default() };
+            let row = Row {
+                index: 0,
+                inputs: [In::new(self.0, 4096)],
+                outputs: [],
+                sums: [],
+                scratch: Default::default(),
+            };
             cross_entropy::Forward { columns: &[Some(0)] }.row::<L, f32>(row)
         }
     }

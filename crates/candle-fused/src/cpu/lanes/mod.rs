@@ -89,6 +89,11 @@ pub(crate) trait Lanes:
         self.store_bf16(to);
     }
 
+    /// Asks memory for the line at this address, which may lie anywhere: for the first-level cache, or for the second where it
+    /// is not wanted `SOON`.
+    #[inline(always)]
+    fn ask<const SOON: bool>(_: *const u8) {}
+
     /// What was streamed so far is seen by others before what this thread writes from here on.
     fn fence() {}
 

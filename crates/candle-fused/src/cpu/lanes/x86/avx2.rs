@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use half::{bf16, f16};
 
 use super::super::{Lanes, Piece, Room};
-use super::{greatest, stream_16, sum};
+use super::{ask, greatest, stream_16, sum};
 
 /// Two registers of AVX2.
 #[derive(Clone, Copy)]
@@ -201,6 +201,11 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
         stream_16(self.to_bf16(), to.as_mut_ptr().cast());
+    }
+
+    #[inline(always)]
+    fn ask<const SOON: bool>(address: *const u8) {
+        ask::<SOON>(address);
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use half::{bf16, f16};
 
 use super::super::{LANES, Lanes, Piece, Room};
-use super::{greatest, stream_16, sum};
+use super::{ask, greatest, stream_16, sum};
 
 /// One register of AVX-512.
 #[derive(Clone, Copy)]
@@ -22,6 +22,13 @@ operators! {
     Mul mul _mm512_mul_ps,
     Div div _mm512_div_ps,
 }
+
+/// Where the upper halves of the lanes lie among a register's words.
+#[rustfmt::skip]
+const UPPER_HALVES: [u16; 2 * LANES] = [
+    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
 
 impl Avx512 {
     #[inline(always)]
@@ -59,7 +66,11 @@ impl Avx512 {
 
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
-        x86!(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(self.round_bf16())))
+        x86!({
+            // One instruction, where a shift and a truncation are three.
+            let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
+            _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, self.round_bf16()))
+        })
     }
 }
 
@@ -117,7 +128,10 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn stream(self, to: &mut Room<f32>) {
         let to = to.as_mut_ptr().cast::<f32>();
-        // Of 16 bytes each: more than that no allocator promises.
+        // A line at once where it is one: four parts may be written to memory before they are together.
+        if to.addr().is_multiple_of(64) {
+            return x86!(_mm512_stream_ps(to, self.0));
+        }
         x86!({
             _mm_stream_ps(to, _mm512_castps512_ps128(self.0));
             _mm_stream_ps(to.add(4), _mm512_extractf32x4_ps::<1>(self.0));
@@ -134,6 +148,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn stream_bf16(self, to: &mut Room<bf16>) {
         stream_16(self.to_bf16(), to.as_mut_ptr().cast());
+    }
+
+    #[inline(always)]
+    fn ask<const SOON: bool>(address: *const u8) {
+        ask::<SOON>(address);
     }
 
     #[inline(always)]

@@ -41,6 +41,18 @@ use std::arch::x86_64::*;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
+#[inline(always)]
+fn ask<const SOON: bool>(address: *const u8) {
+    // SAFETY: a prefetch reads nothing, and never faults, wherever the address lies.
+    unsafe {
+        if SOON {
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(address.cast());
+        }
+    }
+}
+
 /// Past the cache, 16 bytes at a time: a greater alignment no allocator promises.
 #[inline(always)]
 fn stream_16(bits: __m256i, to: *mut __m128i) {
