@@ -20,7 +20,7 @@ use crate::graph;
 
 /// The bytes of a task: enough to begin the next one seldom, because at its end a task asks for rows that are another's.
 const TASK: RangeInclusive<usize> = 32 * 1024..=256 * 1024;
-/// There are so many tasks, or more, unless they are the least.
+/// About so many tasks, more where they would be too large, fewer where too small.
 const TASKS: usize = 128;
 /// What is asked for is at least so many bytes ahead of what is read: a page, where the processor's own foresight ends.
 const AHEAD: usize = 4096;
@@ -259,8 +259,8 @@ impl<'a, T> Rows<'a, T> {
         Self { data, offset: layout.start_offset(), outer }
     }
 
-    /// So many bytes after a row's element lies that of the next row, or of a later one where rows are short. (Where the
-    /// outer dimensions do not merge, not always; nothing depends on it but time.)
+    /// So many bytes after a row's element lies that of the next row, or of a later one where rows are short. (Not
+    /// always where the outer dimensions do not merge, nor where all rows are one; nothing depends on it but time.)
     fn ahead(&self, d: usize) -> usize {
         let bytes = d * size_of::<T>();
         match self.outer.last() {

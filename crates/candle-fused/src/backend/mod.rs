@@ -332,8 +332,8 @@ pub(crate) fn low_rank_gradient([g, b, h]: [&Tensor; 3], scale: f32, factor: DTy
     Ok([e, product_onto(&g.t()?, h, 1.0, Place::Fresh(factor))?])
 }
 
-/// y and the logarithms of the sums of exponentials, as the plan's forward leaves them, for q, k and v with its strides: where
-/// the device has a kernel of its own for such heads.
+/// y and the logarithms of the sums of exponentials, as the plan's forward leaves them, for q, k and v of any strides: where the
+/// device has a kernel of its own for such heads.
 pub(crate) fn attention_by_units(tensors: [&Tensor; 3], plan: &Attention) -> Result<Option<[Tensor; 2]>> {
     match tensors[0].device() {
         #[cfg(feature = "cuda")]

@@ -35,7 +35,7 @@ unsafe impl RowLoop<1, 1, 0> for Rotation<'_> {
         let (y, y_rest) = y.split_at(x.len());
         if self.interleaved {
             map(
-                [x],
+                [x.soon()],
                 tables,
                 y,
                 #[inline(always)]
@@ -46,7 +46,7 @@ unsafe impl RowLoop<1, 1, 0> for Rotation<'_> {
             let (first, second) = y.split_at(self.width);
             let outputs = [Some(first), Some(second)];
             pass(
-                [u, v],
+                [u.soon(), v.soon()],
                 tables,
                 outputs,
                 [],
@@ -58,7 +58,7 @@ unsafe impl RowLoop<1, 1, 0> for Rotation<'_> {
             );
         }
         map(
-            [rest],
+            [rest.soon()],
             [],
             y_rest,
             #[inline(always)]

@@ -63,11 +63,14 @@ struct Team {
         UNROLL for (uint i = 0u; i < WALK / 2u; i++) {
             const uint side = i / 2u % 2u;
             weights[i] = precise::exp2(fma(weights[i], scale, -logarithms[side]));
-            if (CUT && start + own_column() + i / 4u * 8u + i % 2u >= sees[side]) weights[i] = 0.0f;
         }
         products_done<0u>();
         sums_are_there(of_weights);
-        UNROLL for (uint i = 0u; i < WALK / 2u; i++) weights[i] *= of_weights[i] - dots[i / 2u % 2u];
+        UNROLL for (uint i = 0u; i < WALK / 2u; i++) {
+            const uint side = i / 2u % 2u;
+            const bool hidden = CUT && start + own_column() + i / 4u * 8u + i % 2u >= sees[side];
+            weights[i] = hidden ? 0.0f : weights[i] * (of_weights[i] - dots[side]);
+        }
         round_sums(of_scores, weights);
         products_begin();
         add_rows(grad_q, of_scores, room.keys(turn.place));

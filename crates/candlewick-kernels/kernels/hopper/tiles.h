@@ -86,7 +86,7 @@ DEVFN void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: 
 template <uint AFTER> DEVFN void products_done() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AFTER) : "memory");
 }
-// After the wait for all of them: the sums are there now, and nothing that reads them may move before it.
+// After the wait for their products: the sums are there now, and nothing that reads them may move before it.
 template <uint COUNT> DEVFN void sums_are_there(float (&sums)[COUNT]) {
     UNROLL for (uint i = 0u; i < COUNT; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }

@@ -2,7 +2,6 @@
 
 use super::{BOX, Launch, ROOM_BESIDE, Text, Tiled};
 use crate::attention::Attention;
-use crate::launch::MAX_GRID_YZ;
 use crate::params::{Params, small};
 use crate::source::{SourceFile, source_file};
 
@@ -27,7 +26,7 @@ pub enum Walk {
 /// How large a threadgroup of a [`Walk`] is.
 #[derive(Clone, Copy)]
 pub(super) struct Form {
-    /// Teams, each with 64 rows of its own. A multiprocessor has room for two threadgroups of one team.
+    /// Teams, each with 64 rows of its own.
     teams: u32,
     /// Rows of a block that is walked.
     walk: u32,
@@ -43,6 +42,11 @@ impl Form {
 
     const fn rows(self) -> u32 {
         self.teams * BOX
+    }
+
+    /// Threadgroups that a multiprocessor has room for: `AT_ONCE` of `heads.h`.
+    const fn at_once(self) -> usize {
+        if self.teams == 1 { 2 } else { 1 }
     }
 }
 
@@ -91,14 +95,15 @@ impl Walk {
 /// The forward: tiles of q, k, v and y; the address of the logarithms. `None` where it does not serve: another width or type.
 #[must_use]
 pub fn forward(attention: &Attention) -> Option<Launch> {
-    let form = Walk::Forward.form(width(attention)?);
+    let width = width(attention)?;
+    let form = Walk::Forward.form(width);
     let tiles = vec![
         queries(attention, form.rows()),
         keys(attention, form.walk),
         keys(attention, form.walk),
         queries(attention, BOX),
     ];
-    launch(Walk::Forward, attention, tiles, 0)
+    Some(launch(Walk::Forward, attention, width, tiles, 0))
 }
 
 /// The backward, of all three gradients: tiles of q, k, v, y, its gradient and q's; tiles of q, k, v, y's gradient, k's and
@@ -111,23 +116,25 @@ pub fn backward(attention: &Attention, multiprocessors: usize) -> Option<[Launch
     let own = queries(attention, form.rows());
     let walked = keys(attention, form.walk);
     let tiles = vec![own, walked, walked, own, own, queries(attention, BOX)];
-    let of_queries = launch(Walk::BackwardQueries, attention, tiles, 0)?;
+    let of_queries = launch(Walk::BackwardQueries, attention, width, tiles, 0);
     let form = Walk::BackwardKeys.form(width);
     let (walked, own) = (queries(attention, form.walk), keys(attention, form.rows()));
     let result = keys(attention, BOX);
     let tiles = vec![walked, own, own, walked, result, result];
-    Some([of_queries, launch(Walk::BackwardKeys, attention, tiles, 2 * multiprocessors)?])
+    let at_once = form.at_once() * multiprocessors;
+    Some([of_queries, launch(Walk::BackwardKeys, attention, width, tiles, at_once)])
 }
 
 /// A head's width, if the kernels are for such attention.
 fn width(attention: &Attention) -> Option<u32> {
-    let Attention { batch, queries, keys, heads, kv_heads, width, storage, scale, .. } = *attention;
+    let Attention { batch, queries, keys, heads, kv_heads, width, storage, scale, causal, .. } = *attention;
     let fits = |count: usize| i32::try_from(count).is_ok();
     let rows = batch.checked_mul(heads).and_then(|heads| heads.checked_mul(queries.max(keys)));
     let serves = Attention::supports(storage, width, queries.max(keys), scale)
         && matches!(width, 64 | 128)
-        && [batch, queries, keys, kv_heads].into_iter().all(|count| count > 0)
-        && queries.max(keys).div_ceil(BOX as usize) <= MAX_GRID_YZ as usize
+        && [batch, queries, keys, heads, kv_heads].into_iter().all(|count| count > 0)
+        && heads.is_multiple_of(kv_heads)
+        && (!causal || keys >= queries)
         && rows.is_some_and(fits);
     serves.then_some(small(width))
 }
@@ -143,9 +150,8 @@ fn keys(attention: &Attention, tokens: u32) -> Tiled {
 }
 
 /// `at_once` threadgroups of one team are at work at a time.
-fn launch(walk: Walk, attention: &Attention, tiles: Vec<Tiled>, at_once: usize) -> Option<Launch> {
+fn launch(walk: Walk, attention: &Attention, width: u32, tiles: Vec<Tiled>, at_once: usize) -> Launch {
     let Attention { batch, queries, keys, heads, kv_heads, storage, scale, causal, .. } = *attention;
-    let width = width(attention)?;
     let form = walk.form(width);
     let (own_tiles, floats) = walk.own();
     let (rows, own_heads) = if walk == Walk::BackwardKeys { (keys, kv_heads) } else { (queries, heads) };
@@ -153,7 +159,7 @@ fn launch(walk: Walk, attention: &Attention, tiles: Vec<Tiled>, at_once: usize) 
     // A causal mask leaves less to do the later a block of keys is.
     let middle = if causal && batch * own_heads * blocks <= at_once { blocks.div_ceil(2) } else { blocks };
     let row_bytes = 2 * width;
-    Some(Launch {
+    Launch {
         kernel: walk.kernel(),
         text: Text::Attention { walk, storage, width, causal },
         tiles,
@@ -170,7 +176,7 @@ fn launch(walk: Walk, attention: &Attention, tiles: Vec<Tiled>, at_once: usize) 
             .f32(scale)
             .u32(small(middle))
             .bytes(),
-    })
+    }
 }
 
 #[cfg(test)]
@@ -242,6 +248,9 @@ mod tests {
             attention(0, 100, 64),
             attention(100, 0, 64),
             Attention { batch: 0, ..attention(100, 100, 64) },
+            Attention { heads: 0, ..attention(100, 100, 64) },
+            Attention { kv_heads: 3, ..attention(100, 100, 64) },
+            attention(101, 100, 64),
             Attention { storage: Storage::F32, ..attention(100, 100, 64) },
             Attention { scale: -1.0, ..attention(100, 100, 64) },
             attention(100, 1 << 28, 64),

@@ -1,8 +1,17 @@
 //! A base product with LoRA's update in its sum, and one pass over a gradient for both that need it.
 
-use super::{BOX, BOX_BYTES, Launch, ROOM_BESIDE, Text, Tiled, UNIT, serves};
+use super::{BOX, Launch, ROOM_BESIDE, ROW_ALIGNMENT, Text, Tiled};
 use crate::launch::Storage;
 use crate::params::{Params, small};
+
+const BOX_BYTES: u32 = BOX * BOX * 2;
+/// What one product of tiles sums over, and the columns of a tile of a factor.
+const UNIT: u32 = 16;
+
+/// Whether a dimension of rows in memory serves: not empty, rows of whole 16 bytes, and an index fits 31 bits.
+fn serves(columns: usize) -> bool {
+    columns > 0 && columns.is_multiple_of(ROW_ALIGNMENT / 2) && i32::try_from(columns).is_ok()
+}
 
 /// `y = L·R + l·r + bias` with `L [rows, inner]`, `R [inner, columns]`, `l [rows, rank]`, `r [rank, columns]`, all of one
 /// 16-bit type, summed in f32 and rounded once.

@@ -27,9 +27,6 @@ const HEADS: SourceFile = source_file!("kernels/hopper/heads.h");
 
 /// Columns of a tile, and rows but for the halves of a product's factors.
 const BOX: u32 = 64;
-const BOX_BYTES: u32 = BOX * BOX * 2;
-/// What one product of tiles sums over, and the columns of a tile of a factor.
-const UNIT: u32 = 16;
 /// Beside the tiles: barriers, and the way to a multiple of 1024 bytes.
 const ROOM_BESIDE: u32 = 1024 + 256;
 /// What a multiprocessor has for one threadgroup.
@@ -167,9 +164,4 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The bytes of the `PARAM` struct.
     pub params: Vec<u8>,
-}
-
-/// Whether a dimension of rows in memory serves: not empty, rows of whole 16 bytes, and an index fits 31 bits.
-fn serves(columns: usize) -> bool {
-    columns > 0 && columns.is_multiple_of(ROW_ALIGNMENT / 2) && i32::try_from(columns).is_ok()
 }

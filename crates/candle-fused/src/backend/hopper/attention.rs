@@ -2,15 +2,16 @@
 
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use candlewick_kernels::attention::Attention;
-use candlewick_kernels::hopper::attention;
+use candlewick_kernels::hopper::{ROW_ALIGNMENT, attention};
 
 use super::{Source, fresh, queue, warned};
 use crate::backend::cuda::{self, Cuda};
+use crate::backend::gpu;
 
 /// Bytes between tokens, heads or batch entries that a tensor map can tell.
 const FARTHEST: usize = 1 << 40;
 
-/// `[batch, tokens, heads, width]` at an address, if tiles can have it: no two of its values in one place.
+/// `[batch, tokens, heads, width]` at an address, if tiles can have it: rows of whole 16 bytes, and no stride of 0.
 fn source(tensor: &Tensor, address: u64) -> Option<Source> {
     let (&[batch, tokens, heads, width], &[of_batch, of_token, of_head, 1]) =
         (tensor.dims(), tensor.stride())
@@ -21,8 +22,9 @@ fn source(tensor: &Tensor, address: u64) -> Option<Source> {
     let stride = |count, stride| if count == 1 { width } else { stride };
     let strides = [stride(tokens, of_token), stride(heads, of_head), stride(batch, of_batch)];
     let bytes = strides.map(|stride| stride * tensor.dtype().size_in_bytes());
-    let serves = |bytes: &usize| bytes.is_multiple_of(16) && (1..FARTHEST).contains(bytes);
-    (address.is_multiple_of(16) && bytes.iter().all(serves)).then_some(Source { address, strides })
+    let serves = |bytes: &usize| bytes.is_multiple_of(ROW_ALIGNMENT) && (1..FARTHEST).contains(bytes);
+    (address.is_multiple_of(ROW_ALIGNMENT as u64) && bytes.iter().all(serves))
+        .then_some(Source { address, strides })
 }
 
 fn sources<const N: usize>(tensors: [&Tensor; N], addresses: [u64; N]) -> Option<[Source; N]> {
@@ -31,12 +33,17 @@ fn sources<const N: usize>(tensors: [&Tensor; N], addresses: [u64; N]) -> Option
     found.into_iter().collect::<Option<Vec<_>>>()?.try_into().ok()
 }
 
-/// Whether the tensors are those that the plan is of.
+/// An error where the tensors are not those that the plan is of.
 fn check(plan: &Attention, [q, k, v]: [&Tensor; 3], like_q: &[&Tensor]) -> Result<()> {
     let of_queries = [plan.batch, plan.queries, plan.heads, plan.width];
     let of_keys = [plan.batch, plan.keys, plan.kv_heads, plan.width];
     let fits = |tensor: &Tensor, dims| tensor.dims() == dims && tensor.dtype() == q.dtype();
-    if !fits(k, of_keys) || !fits(v, of_keys) || !like_q.iter().chain([&q]).all(|x| fits(x, of_queries)) {
+    let is_stored = gpu::storage(q)? == plan.storage;
+    if !is_stored
+        || !fits(k, of_keys)
+        || !fits(v, of_keys)
+        || !like_q.iter().chain([&q]).all(|x| fits(x, of_queries))
+    {
         bail!("no attention of {:?}, {:?} and {:?}", q.shape(), k.shape(), v.shape());
     }
     Ok(())
@@ -129,7 +136,6 @@ mod tests {
 
     use super::super::tests::hopper;
     use super::*;
-    use crate::backend::gpu;
 
     /// `[batch, tokens, heads, width]` between -1 and 1, exact in f16 and bf16, as it is or as a view of heads first.
     fn heads(device: &CudaDevice, dims: [usize; 4], dtype: DType, turned: bool, seed: usize) -> Tensor {
@@ -267,7 +273,7 @@ mod tests {
         }
     }
 
-    /// A row that sees a NaN or an infinite score is all NaN, and nobody else's.
+    /// A row of y that sees a NaN is all NaN, and no other one.
     #[test]
     fn what_is_not_a_number_stays_in_its_rows() {
         let Some(device) = hopper() else { return };

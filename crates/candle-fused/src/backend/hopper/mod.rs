@@ -91,8 +91,8 @@ fn tensor_map(source: Source, tiled: &Tiled, dtype: DType) -> Result<sys::CUtens
         Tiled::Matrix { rows, columns, tile: [down, across] } => {
             (2, [columns, rows, 1, 1], [across, down, 1, 1])
         }
-        Tiled::Heads { sizes: [batch, of_batch, heads, width], tokens } => {
-            (4, [width, of_batch, heads, batch], [64, tokens, 1, 1])
+        Tiled::Heads { sizes: [batch, tokens, heads, width], tokens: of_tile } => {
+            (4, [width, tokens, heads, batch], [64, of_tile, 1, 1])
         }
     };
     let swizzle = match tile[0] {

@@ -67,7 +67,7 @@ impl Avx512 {
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
         x86!({
-            // One instruction, where a shift and a truncation are three.
+            // One instruction instead of a shift and a truncation.
             let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
             _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, self.round_bf16()))
         })

@@ -6,7 +6,7 @@
 macro_rules! x86 {
     ($call:expr) => {{
         // SAFETY: a value of these lanes exists only where `dispatch` has found the instructions; the addresses are
-        // those of whole pieces, of any alignment.
+        // those of whole pieces, of any alignment but for streams, whose callers promise theirs.
         unsafe { $call }
     }};
 }
