@@ -334,6 +334,10 @@ pub(crate) fn low_rank_gradient([g, b, h]: [&Tensor; 3], scale: f32, factor: DTy
 
 /// y and the logarithms of the sums of exponentials, as the plan's forward leaves them, for q, k and v of any strides: where the
 /// device has a kernel of its own for such heads.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(clippy::unnecessary_wraps, reason = "a build without such a device has no kernel that fails")
+)]
 pub(crate) fn attention_by_units(tensors: [&Tensor; 3], plan: &Attention) -> Result<Option<[Tensor; 2]>> {
     match tensors[0].device() {
         #[cfg(feature = "cuda")]
@@ -347,6 +351,10 @@ pub(crate) fn attention_by_units(tensors: [&Tensor; 3], plan: &Attention) -> Res
 
 /// The gradients of q, k and v, as the plan's backward computes all of them, from the forward's y, y's gradient and the
 /// logarithms: where the device has kernels of its own for such heads.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(clippy::unnecessary_wraps, reason = "a build without such a device has no kernel that fails")
+)]
 pub(crate) fn attention_gradients_by_units(
     tensors: [&Tensor; 3],
     results: [&Tensor; 3],
