@@ -236,15 +236,24 @@ fn lanes_compute_as_floats_do() {
 
 #[test]
 fn streams_write_what_stores_do() {
+    /// At a multiple of 64 bytes.
+    #[repr(align(64))]
+    struct Line<T>([T; 2 * LANES]);
+
     fn check<T: Element, L: Lanes>(isa: Isa) {
         for numbers in numbers() {
-            let (mut stored, mut streamed) = (Aligned([T::zero(); LANES]), Aligned([T::zero(); LANES]));
-            T::store(L::load(&numbers), as_room(&mut stored.0));
-            // SAFETY: aligned.
-            unsafe { T::stream(L::load(&numbers), as_room(&mut streamed.0)) };
-            L::fence();
-            for (a, b) in stored.0.into_iter().zip(streamed.0) {
-                assert!(a == b || a.to_f64().is_nan() && b.to_f64().is_nan(), "{isa:?} {a} {b}");
+            let mut stored = [T::zero(); LANES];
+            T::store(L::load(&numbers), as_room(&mut stored));
+            // A whole line, and parts of two.
+            for before in [0, 16 / size_of::<T>()] {
+                let mut line = Line([T::zero(); 2 * LANES]);
+                let streamed = line.0[before..].first_chunk_mut().unwrap();
+                // SAFETY: a multiple of 16.
+                unsafe { T::stream(L::load(&numbers), as_room(streamed)) };
+                L::fence();
+                for (a, b) in stored.into_iter().zip(*streamed) {
+                    assert!(a == b || a.to_f64().is_nan() && b.to_f64().is_nan(), "{isa:?} {a} {b}");
+                }
             }
         }
     }
