@@ -41,11 +41,13 @@ class Engine:
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
             "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         }[kind]
-        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[training["dtype"]]
+        dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+        dtype = dtypes[training["dtype"]]
         torch.manual_seed(SEED)
-        torch.set_default_dtype(dtype)
+        # As from_pretrained would have them: drawn in what they are stored in, and then widened.
+        torch.set_default_dtype(dtypes[training.get("stored") or training["dtype"]])
         with torch.device(self.device):
-            model = model(config(**options, use_cache=False))
+            model = model(config(**options, use_cache=False)).to(dtype)
         torch.set_default_dtype(torch.float32)
         lora = peft.LoraConfig(
             r=training["rank"],

@@ -14,6 +14,9 @@ pub struct Training {
     pub batch: usize,
     pub tokens: usize,
     pub dtype: Dtype,
+    /// What the frozen weights come from, if that is narrower: their values are exact in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Dtype>,
     pub rank: usize,
     pub alpha: f64,
     pub learning_rate: f64,
@@ -33,12 +36,13 @@ pub struct Training {
 impl Training {
     /// Its name in tables.
     pub fn id(&self) -> String {
-        format!("{} {}x{} {}", self.name, self.batch, self.tokens, self.dtype.name())
+        let stored = self.stored.map(|stored| format!(" of {} weights", stored.name())).unwrap_or_default();
+        format!("{} {}x{} {}{stored}", self.name, self.batch, self.tokens, self.dtype.name())
     }
 
     /// Part of the small set.
     pub fn is_small(&self) -> bool {
-        self.name == "tiny" && self.dtype == Dtype::F32
+        self.name == "tiny" && self.dtype == Dtype::F32 && self.stored.is_none()
     }
 
     /// The size of the vocabulary.
@@ -62,6 +66,7 @@ pub fn all(device: DeviceName) -> Vec<Training> {
         batch,
         tokens,
         dtype,
+        stored: None,
         rank: rank as usize,
         alpha: 2.0 * f64::from(rank),
         learning_rate: 1e-3,
@@ -86,9 +91,17 @@ pub fn all(device: DeviceName) -> Vec<Training> {
                     training(name, config, *batch, *tokens, dtype, 8, *steps)
                 }
             };
+            // Most checkpoints are in bf16, also those that are trained in f32.
+            let of_bf16 = |training: Training| {
+                let mut config = training.config.clone();
+                config["dtype"] = json!("bfloat16");
+                Training { config, stored: Some(Dtype::Bf16), ..training }
+            };
             shapes
                 .iter()
-                .flat_map(|shape| [Dtype::F32, Dtype::Bf16].map(|dtype| with(dtype)(shape)))
+                .flat_map(|shape| {
+                    [with(Dtype::F32)(shape), of_bf16(with(Dtype::F32)(shape)), with(Dtype::Bf16)(shape)]
+                })
                 .collect()
         }
         DeviceName::Cuda => {

@@ -165,7 +165,12 @@ fn judge(training: &Training, trained: &Trained, wall: f64, how: &How<'_>) -> Op
     if claimed > wall {
         return Some(format!("claims {claimed:.2} s where {wall:.2} s passed"));
     }
-    let rate = if training.dtype == Dtype::F32 { physics.f32_products } else { physics.short_products };
+    let rate = match (training.dtype, training.stored) {
+        (Dtype::F32, None | Some(Dtype::F32)) => physics.f32_products,
+        // A float times a number of 16 bits is three products of such.
+        (Dtype::F32, Some(_)) => physics.f32_products.max(physics.short_products / 3.0),
+        _ => physics.short_products,
+    };
     let floor = 4.0 * training.projected() * as_f64(training.batch * training.tokens) / (2.0 * rate);
     if seconds.iter().any(|&step| step < floor) {
         return Some(format!(

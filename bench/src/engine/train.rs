@@ -66,7 +66,7 @@ fn model(training: &Training, device: &Device) -> Result<FineTune> {
         Dtype::F16 => DType::F16,
         Dtype::Bf16 => DType::BF16,
     };
-    let mut weights = RandomWeights::new(&config, SEED, dtype, device);
+    let mut weights = RandomWeights::new(&config, SEED, dtype, device).narrow_matrices();
     let mut decoder = Decoder::build(config, &mut weights)?;
     let config = LoraConfig {
         r: training.rank,

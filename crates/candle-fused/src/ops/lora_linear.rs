@@ -21,8 +21,9 @@ pub struct LoraLinearOptions {
 }
 
 /// `x·Wᵀ + bias + scaling·dropout(x)·Aᵀ·Bᵀ` for `x [..., in]` (f32, f16 or bf16), `weight [out, in]` and `bias [out]`,
-/// both of `x`'s dtype and without a gradient, `a [r, in]` and `b [out, r]`, both differentiable, of `x`'s dtype or f32
-/// beside a 16-bit `x`. Dropout with `p = 0` keeps everything.
+/// both of `x`'s dtype (a weight of 16 bits may stay so beside an f32 `x`, as for
+/// [`frozen_linear`](crate::frozen_linear)) and without a gradient, `a [r, in]` and `b [out, r]`, both differentiable, of
+/// `x`'s dtype or f32 beside a 16-bit `x`. Dropout with `p = 0` keeps everything.
 ///
 /// # Errors
 /// A scalar, another dtype, a weight, bias, A or B of another shape, dtype or device, a scaling that is not finite, a

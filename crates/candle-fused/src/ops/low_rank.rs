@@ -8,6 +8,8 @@
 //! products add to what is there are [`low_rank_products`]', those beside a bf16 base on a processor's matrix unit
 //! [`low_rank_pairs`]'.
 
+use std::borrow::Cow;
+
 use candle_core::{D, DType, Device, Result, Shape, Tensor, bail};
 use candlewick_kernels::lora::{self, FactorStrides, Lora as Plans, LoraGradients};
 
@@ -77,13 +79,17 @@ impl Dropout {
     }
 }
 
-/// A frozen weight `[out, in]` and bias `[out]` match `x [..., in]`.
+/// A frozen weight `[out, in]`, of 16 bits beside an f32 `x` if not of its dtype, and a bias `[out]` match `x [..., in]`.
 pub(super) fn check_base(op: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     check::float(op, "x", x)?;
     let columns = check::last_dim(op, "x", x)?;
     check::rank(op, "weight", weight, 2)?;
     let out = weight.dim(0)?;
-    check::like(op, "weight", weight, x, &[out, columns])?;
+    check::shape(op, "weight", weight, &[out, columns])?;
+    if x.dtype() != DType::F32 || !matches!(weight.dtype(), DType::F16 | DType::BF16) {
+        check::dtype(op, "weight", weight, x.dtype())?;
+    }
+    check::device(op, "weight", weight, x.device())?;
     bias.map_or(Ok(()), |bias| check::like(op, "bias", bias, x, &[out]))
 }
 
@@ -230,8 +236,13 @@ pub(super) struct Base<'a> {
 }
 
 impl Base<'_> {
+    /// What is narrower is widened for every product where that multiplies matrices of one dtype.
+    fn right_like_left(&self) -> Result<Tensor> {
+        operand(self.right)?.to_dtype(self.left.dtype())
+    }
+
     fn composed(&self) -> Result<Tensor> {
-        let term = &operand(self.left)?.matmul(&operand(self.right)?)?;
+        let term = &operand(self.left)?.matmul(&self.right_like_left()?)?;
         Sum { term, dropout: None, base: None, bias: self.bias, dtype: self.left.dtype() }.composed()
     }
 }
@@ -252,6 +263,7 @@ impl Kernel for Base<'_> {
         let Self { left, right, bias } = *self;
         let adds = fewest_for_products(left.device()).is_some();
         if adds && left.elem_count() > 0 && right.elem_count() > 0 {
+            let right = if right.dtype() == left.dtype() { right } else { &self.right_like_left()? };
             return Ok(low_rank_products::base(left, right, bias)?);
         }
         Ok(self.composed()?)
@@ -259,6 +271,7 @@ impl Kernel for Base<'_> {
 }
 
 /// The constants of a low-rank product.
+#[derive(Clone)]
 pub(super) struct LowRank {
     pub(super) op: &'static str,
     /// The frozen weight `[out, in]`, where there is one.
@@ -283,6 +296,17 @@ impl LowRank {
             backend::run(x.device(), &Forward { call: &self, x, a, b, bias })?
         };
         Ok(graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })?)
+    }
+
+    /// With a weight in the dtype of `x`, as a GPU multiplies it: a narrower one is widened for every product.
+    fn like(&self, x: &Tensor) -> Result<Cow<'_, Self>> {
+        match &self.weight {
+            Some(weight) if weight.dtype() != x.dtype() => {
+                let weight = Some(operand(weight)?.to_dtype(x.dtype())?);
+                Ok(Cow::Owned(Self { weight, ..self.clone() }))
+            }
+            _ => Ok(Cow::Borrowed(self)),
+        }
     }
 
     /// `D(x)` in f32, where there is a dropout, on the processor.
@@ -385,7 +409,7 @@ impl Kernel for Forward<'_> {
 
     fn gpu(&self) -> Attempt<Self::Output> {
         let Self { call, a, b, bias, .. } = *self;
-        let x = &gpu::contiguous(self.x)?;
+        let (x, call) = (&gpu::contiguous(self.x)?, &*call.like(self.x)?);
         if low_rank_products::serve(x, a, b) {
             let (y, h) = low_rank_products::forward(call, [x, a, b], bias)?;
             return Ok((y, Some(h)));
@@ -536,6 +560,7 @@ impl Kernel for Gradients<'_> {
     fn gpu(&self) -> Attempt<Self::Output> {
         let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
+        let call = &*call.like(x)?;
         if let Some(h) = h {
             return low_rank_products::gradients(call, [x, a, b], [h, grad], wanted);
         }
@@ -574,7 +599,8 @@ impl Kernel for Gradients<'_> {
 
 /// `x·Wᵀ + bias` in plain Candle operations.
 pub(super) fn reference_base(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let y = like_rows(&rows(x)?.matmul(&weight.detach().contiguous()?.t()?)?, x)?;
+    let weight = weight.detach().to_dtype(x.dtype())?.contiguous()?;
+    let y = like_rows(&rows(x)?.matmul(&weight.t()?)?, x)?;
     match bias {
         Some(bias) => y.broadcast_add(&bias.detach()),
         None => Ok(y),

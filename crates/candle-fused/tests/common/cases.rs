@@ -333,8 +333,12 @@ pub fn lora_linear_cases(n: usize, lies: Lies) -> Vec<Case> {
     without_bias.truncate(4);
     let mut frozen_x = args(n, 5);
     frozen_x[0] = frozen_x[0].clone().frozen();
+    let mut narrow_base = args(n, 40);
+    narrow_base[3] = narrow_base[3].clone().narrow();
     vec![
         lora_linear(args(n, 5), None),
+        lora_linear(narrow_base.clone(), None),
+        lora_linear(narrow_base, dropout),
         lora_linear(wide_adapter, dropout),
         lora_linear(without_bias, dropout),
         lora_linear(frozen_x, dropout),
@@ -346,6 +350,8 @@ pub fn frozen_linear_cases(n: usize, lies: Lies) -> Vec<Case> {
     vec![
         frozen_linear(vec![lying(&[2, 3, n]), lying(&[5, n]).frozen(), lying(&[5]).frozen()]),
         frozen_linear(vec![lying(&[3, 5]), lying(&[n, 5]).frozen()]),
+        frozen_linear(vec![lying(&[2, 3, n]), lying(&[40, n]).frozen().narrow(), lying(&[40]).frozen()]),
+        frozen_linear(vec![lying(&[40, 3]), lying(&[n, 3]).frozen().narrow()]),
     ]
 }
 
@@ -377,10 +383,13 @@ pub fn linear_cross_entropy_cases(n: usize, lies: Lies) -> Vec<Case> {
     let args = |rows: usize, width: usize, vocabulary: usize| {
         vec![lying([rows, width]), lying([vocabulary, width]).frozen()]
     };
+    let mut narrow = args(7, 33, n);
+    narrow[1] = narrow[1].clone().narrow();
     vec![
         linear_cross_entropy(args(7, 5, n), false),
         linear_cross_entropy(args(n.min(1000), 5, 9), false),
         linear_cross_entropy(args(n.min(1000), 5, 9), true),
+        linear_cross_entropy(narrow, false),
     ]
 }
 

@@ -71,10 +71,19 @@ pub struct Arg {
     pub tracked: bool,
     /// Another dtype than the case's.
     pub dtype: Option<DType>,
+    /// In bf16 where the case is in f32.
+    pub narrow: bool,
 }
 
 pub fn arg(dims: &[usize]) -> Arg {
-    Arg { dims: dims.to_vec(), lies: Lies::Contiguous, magnitude: 1.0, tracked: true, dtype: None }
+    Arg {
+        dims: dims.to_vec(),
+        lies: Lies::Contiguous,
+        magnitude: 1.0,
+        tracked: true,
+        dtype: None,
+        narrow: false,
+    }
 }
 
 impl Arg {
@@ -92,6 +101,14 @@ impl Arg {
 
     pub fn dtype(self, dtype: DType) -> Self {
         Self { dtype: Some(dtype), ..self }
+    }
+
+    pub fn narrow(self) -> Self {
+        Self { narrow: true, ..self }
+    }
+
+    fn own_dtype(&self, case: DType) -> DType {
+        if self.narrow && case == DType::F32 { DType::BF16 } else { self.dtype.unwrap_or(case) }
     }
 
     /// The shape of the tensor that the argument is a view of.
@@ -157,7 +174,7 @@ pub fn run(
         .iter()
         .zip(bases)
         .map(|(arg, base)| {
-            let own = if dtype == DType::F64 { dtype } else { arg.dtype.unwrap_or(dtype) };
+            let own = if dtype == DType::F64 { dtype } else { arg.own_dtype(dtype) };
             Var::from_tensor(&base.to_dtype(own)?.to_device(device)?)
         })
         .collect::<Result<_>>()?;
@@ -202,7 +219,7 @@ pub fn bases(args: &[Arg], dtype: DType) -> Result<Vec<Tensor>> {
         let dims = arg.base_dims();
         let values = values(dims.iter().product(), seed);
         let values: Vec<f64> = values.into_iter().map(|x| x * arg.magnitude).collect();
-        let own = arg.dtype.unwrap_or(dtype);
+        let own = arg.own_dtype(dtype);
         Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(own)?.to_dtype(DType::F64)
     };
     (1u64..).zip(args).map(base).collect()

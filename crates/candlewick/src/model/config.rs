@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use serde::Deserialize;
 
 use crate::{Error, Result};
@@ -84,6 +85,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// Standard deviation of freshly drawn weights.
     pub initializer_range: f64,
+    /// What the weights are stored in, where that is said and is f32, f16 or bf16.
+    pub dtype: Option<DType>,
 }
 
 impl ModelConfig {
@@ -129,6 +132,8 @@ struct RawConfig {
     eos_token_id: Option<OneOrMany>,
     #[serde(default = "default_initializer_range")]
     initializer_range: f64,
+    dtype: Option<String>,
+    torch_dtype: Option<String>,
     quantization_config: Option<serde_json::Value>,
 }
 
@@ -165,6 +170,15 @@ fn default_initializer_range() -> f64 {
 }
 
 impl RawConfig {
+    fn stored(&self) -> Option<DType> {
+        match self.dtype.as_ref().or(self.torch_dtype.as_ref())?.as_str() {
+            "float32" => Some(DType::F32),
+            "float16" => Some(DType::F16),
+            "bfloat16" => Some(DType::BF16),
+            _ => None,
+        }
+    }
+
     fn validate(self) -> std::result::Result<ModelConfig, String> {
         let architecture = match self.model_type.as_str() {
             "llama" => Architecture::Llama,
@@ -223,6 +237,7 @@ impl RawConfig {
             Some(rope) => rope.scaling()?,
             None => RopeScaling::None,
         };
+        let dtype = self.stored();
         let window = match architecture {
             Architecture::Mistral => self.sliding_window,
             _ if self.use_sliding_window == Some(true) => self.sliding_window,
@@ -261,6 +276,7 @@ impl RawConfig {
                 Some(OneOrMany::Many(ids)) => ids,
             },
             initializer_range: self.initializer_range,
+            dtype,
         })
     }
 }

@@ -116,10 +116,10 @@ impl Decoder {
         &self.config
     }
 
-    /// The dtype of the parameters and activations.
+    /// The dtype of the activations, and of the parameters, but for matrices that stay narrower beside f32.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.embedding.dtype()
+        self.norm.dtype()
     }
 
     /// The device of the parameters.
@@ -217,11 +217,8 @@ impl Decoder {
         }
         let (cos, sin) = self.rotary.tables(start, tokens, self.device())?;
         let call = Call { config: &self.config, cos, sin, dropout_seed };
-        let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((
-            batch,
-            tokens,
-            self.config.hidden_size,
-        ))?;
+        let embedded = self.embedding.index_select(&ids.flatten_all()?, 0)?.to_dtype(self.dtype())?;
+        let mut x = embedded.reshape((batch, tokens, self.config.hidden_size))?;
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_mut().and_then(|cache| cache.layers.get_mut(index));
             x = layer.forward(&x, &call, cache)?;

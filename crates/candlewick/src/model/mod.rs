@@ -51,25 +51,27 @@ pub fn load_tokenizer(files: &ModelFiles, config: &ModelConfig) -> Result<tokeni
 
 /// Reads a model whose parameters are frozen: no gradient is ever computed for them.
 ///
-/// `dtype` is f32, f16 or bf16; `None` keeps the dtype of the files.
+/// `dtype` is f32, f16 or bf16, that of the activations; `None` keeps the dtype of the files. Matrices that the files have in
+/// 16 bits stay so on a CPU beside f32 activations, which changes nothing but memory and speed.
 ///
 /// # Errors
 /// Files that are missing, truncated or malformed; tensors that are missing, unknown, or of another shape.
 pub fn load_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device) -> Result<Decoder> {
-    let mut source = Weights::open(files, dtype, device)?;
+    let mut source = Weights::open(files, dtype, device)?.narrow_matrices();
     let decoder = build(load_config(files)?, &mut source)?;
     source.finish()?;
     Ok(decoder)
 }
 
 /// A model of this folder's `config.json` with frozen parameters that are drawn as [`RandomWeights`] does, whatever weights
-/// the folder has: for what does not depend on them, such as the speed and memory of a step.
+/// the folder has: for what does not depend on them, such as the speed and memory of a step. Matrices are in the dtype that
+/// the configuration says its weights are stored in, as [`load_frozen`] would have them.
 ///
 /// # Errors
 /// As [`load_config`].
 pub fn draw_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device, seed: u64) -> Result<Decoder> {
     let config = load_config(files)?;
-    let mut source = RandomWeights::new(&config, seed, dtype.unwrap_or(DType::F32), device);
+    let mut source = RandomWeights::new(&config, seed, dtype.unwrap_or(DType::F32), device).narrow_matrices();
     Decoder::build(config, &mut source)
 }
 
@@ -132,6 +134,10 @@ pub struct RandomWeights {
     blocks: u64,
     std: f64,
     dtype: DType,
+    /// What matrices are kept in beside f32.
+    narrow: Option<DType>,
+    /// What the configuration says that weights are stored in.
+    stored: Option<DType>,
     device: Device,
 }
 
@@ -139,7 +145,15 @@ impl RandomWeights {
     /// Parameters for a model of this configuration, in f32, f16 or bf16.
     #[must_use]
     pub fn new(config: &ModelConfig, seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { seed, blocks: 0, std: config.initializer_range, dtype, device: device.clone() }
+        let (std, stored) = (config.initializer_range, config.dtype);
+        Self { seed, blocks: 0, std, dtype, narrow: None, stored, device: device.clone() }
+    }
+
+    /// As [`Weights::narrow_matrices`], for weights that would be stored as the configuration says.
+    #[must_use]
+    pub fn narrow_matrices(self) -> Self {
+        let narrow = self.device.is_cpu() && self.dtype == DType::F32;
+        Self { narrow: self.stored.filter(|_| narrow), ..self }
     }
 
     fn matrix(&mut self, shape: &[usize]) -> Result<Tensor> {
@@ -162,12 +176,76 @@ impl RandomWeights {
 impl ParameterSource for RandomWeights {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = if shape.len() == 2 {
-            self.matrix(shape)?
+            return Ok(self.matrix(shape)?.to_dtype(self.narrow.unwrap_or(self.dtype))?);
         } else if name.rsplit('.').next() == Some("bias") {
             Tensor::zeros(shape, DType::F32, &self.device)?
         } else {
             Tensor::ones(shape, DType::F32, &self.device)?
         };
         Ok(tensor.to_dtype(self.dtype)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+    use crate::embedded::BASE;
+
+    /// The loss of a sentence, and its gradient after the embedding's first adapter: by all of the decoder's ways.
+    fn loss_of(decoder: &mut Decoder) -> (f32, Vec<f32>) {
+        let config = crate::lora::LoraConfig {
+            target_modules: Some(crate::lora::Modules::from_option("all-linear")),
+            ..Default::default()
+        };
+        let config = crate::lora::expand_all_linear(config, decoder);
+        let parameters = crate::lora::attach(decoder, &config, 7).unwrap();
+        let ids =
+            Tensor::from_vec((0..40u32).map(|i| i * 37 % 2048).collect(), (2, 20), &Device::Cpu).unwrap();
+        let targets = ids.to_dtype(DType::I64).unwrap();
+        let loss = decoder.loss(&ids, &targets, -100, None).unwrap();
+        let gradients = loss.backward().unwrap();
+        let of_b = parameters.iter().filter(|parameter| parameter.name.contains("lora_B"));
+        let values = of_b
+            .flat_map(|b| gradients.get(&b.var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap())
+            .collect();
+        (loss.to_scalar().unwrap(), values)
+    }
+
+    /// The embedded base is stored in bf16: beside f32 its matrices stay so, and nothing else differs.
+    #[test]
+    fn frozen_matrices_stay_narrow() {
+        let mut narrow = load_frozen(&BASE, Some(DType::F32), &Device::Cpu).unwrap();
+        assert!(narrow.linears().all(|linear| linear.weight.dtype() == DType::BF16));
+        assert_eq!(narrow.dtype(), DType::F32);
+        let mut source = Weights::open(&BASE, Some(DType::F32), &Device::Cpu).unwrap();
+        let mut wide = build(load_config(&BASE).unwrap(), &mut source).unwrap();
+        assert!(wide.linears().all(|linear| linear.weight.dtype() == DType::F32));
+        let ((loss, gradients), (expected, expected_gradients)) = (loss_of(&mut narrow), loss_of(&mut wide));
+        assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
+        assert!(gradients.iter().any(|x| x.abs() > 1e-2), "gradients of 0 would be equal");
+        for (x, y) in gradients.iter().zip(&expected_gradients) {
+            assert!((x - y).abs() < 1e-6 + 1e-5 * y.abs(), "{x} {y}");
+        }
+        // What is trained is in the dtype that is asked for.
+        let (_, parameters) = load_trainable(&BASE, Some(DType::F32), &Device::Cpu, 0).unwrap();
+        assert!(parameters.iter().all(|parameter| parameter.var.dtype() == DType::F32));
+    }
+
+    /// Drawn matrices are what a file in the configuration's dtype would hold.
+    #[test]
+    fn drawn_matrices_are_as_stored() {
+        let drawn = draw_frozen(&BASE, Some(DType::F32), &Device::Cpu, 3).unwrap();
+        let mut source = RandomWeights::new(drawn.config(), 3, DType::F32, &Device::Cpu);
+        let wide = Decoder::build(drawn.config().clone(), &mut source).unwrap();
+        for (narrow, wide) in drawn.linears().zip(wide.linears()) {
+            assert_eq!((narrow.weight.dtype(), wide.weight.dtype()), (DType::BF16, DType::F32));
+            let rounded = wide.weight.to_dtype(DType::BF16).unwrap();
+            let [got, expected] = [&narrow.weight, &rounded].map(|weight| {
+                weight.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            });
+            assert!(got == expected, "{}", narrow.path);
+        }
     }
 }

@@ -9,6 +9,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::mem::offset_of;
 use std::ptr;
 
 use super::kernel::{PairSteps, Tile};
@@ -18,8 +19,6 @@ pub(super) const SIDE: usize = 32;
 /// Steps that one instruction takes, and words of them in a column.
 const STEPS: usize = 32;
 const WORDS: usize = STEPS / 2;
-/// The most products whose steps one tile takes.
-const PRODUCTS: usize = 2;
 /// Rows of a register.
 const HALF: usize = SIDE / 2;
 
@@ -111,22 +110,17 @@ pub(super) unsafe fn tile(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
 /// # Safety
 /// That of [`tile`].
 unsafe fn configured(tile: &Tile, first: usize, steps: &[PairSteps], out: *mut f32) {
-    let sums = Sums { out: [out, out.wrapping_add(first * tile.out_stride)], stride: tile.out_stride };
-    let mut runs = [Run::default(); PRODUCTS];
-    let mut count = 0;
-    for steps in steps.iter().filter(|steps| steps.k >= STEPS) {
-        runs[count] = Run::of(steps, first, steps.k / STEPS);
-        count += 1;
-    }
-    let mut begun = tile.accumulate;
-    if count > 0 {
+    let lower = out.wrapping_add(first * tile.out_stride);
+    let sums = Sums { upper: out, lower, row_bytes: tile.out_stride * size_of::<f32>(), first };
+    let whole = steps.iter().any(|steps| steps.k >= STEPS);
+    if whole {
         // SAFETY: whole blocks of steps are within both matrices; the rest is the caller's promise.
-        unsafe { sums.add(&runs[..count], begun) };
-        begun = true;
+        unsafe { sums.add(steps, tile.accumulate) };
     }
+    let mut begun = tile.accumulate || whole;
     for steps in steps.iter().filter(|steps| !steps.k.is_multiple_of(STEPS)) {
         // SAFETY: the caller's promise.
-        unsafe { last(tile, first, steps, &sums, begun) };
+        unsafe { last(tile, steps, &sums, begun) };
         begun = true;
     }
 }
@@ -135,16 +129,10 @@ unsafe fn configured(tile: &Tile, first: usize, steps: &[PairSteps], out: *mut f
 ///
 /// # Safety
 /// That of [`tile`].
-unsafe fn last(tile: &Tile, first: usize, steps: &PairSteps, sums: &Sums, accumulate: bool) {
+#[cold]
+unsafe fn last(tile: &Tile, steps: &PairSteps, sums: &Sums, accumulate: bool) {
     let (blocks, rest) = (steps.k / STEPS, steps.k % STEPS);
-    let (mut rows, mut words) = ([0u16; SIDE * STEPS], [0u32; SIDE * WORDS]);
-    for (i, to) in rows.chunks_exact_mut(STEPS).enumerate().take(tile.rows) {
-        // SAFETY: the row's last steps.
-        unsafe {
-            let from = steps.left.add(i * steps.row_stride + blocks * STEPS);
-            to.as_mut_ptr().copy_from_nonoverlapping(from, rest);
-        };
-    }
+    let mut words = [0u32; SIDE * WORDS];
     // SAFETY: the packed words of these steps.
     unsafe {
         let from = steps.right.add(blocks * WORDS * SIDE);
@@ -154,101 +142,129 @@ unsafe fn last(tile: &Tile, first: usize, steps: &PairSteps, sums: &Sums, accumu
         // Beside an odd last step may be one that does not count, and is not to be multiplied by 0.
         words[rest / 2 * SIDE..][..SIDE].iter_mut().for_each(|word| *word &= 0xFFFF);
     }
-    let steps = PairSteps { left: rows.as_ptr(), row_stride: STEPS, right: words.as_ptr(), k: STEPS };
-    // SAFETY: one block of steps in both buffers, and the sums as above.
-    unsafe { sums.add(&[Run::of(&steps, first, 1)], accumulate) };
-}
-
-/// Blocks of steps as the loop reads them, word by word: where the left matrix's halves begin, how many bytes its rows are
-/// apart, where the right one begins, and how many blocks there are, at least one.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Run {
-    halves: [*const u16; 2],
-    row_bytes: usize,
-    right: *const u32,
-    blocks: usize,
-}
-
-impl Default for Run {
-    fn default() -> Self {
-        Self { halves: [ptr::null(); 2], row_bytes: 0, right: ptr::null(), blocks: 0 }
-    }
-}
-
-impl Run {
-    fn of(steps: &PairSteps, first: usize, blocks: usize) -> Self {
-        let halves = [steps.left, steps.left.wrapping_add(first * steps.row_stride)];
-        Self { halves, row_bytes: steps.row_stride * size_of::<u16>(), right: steps.right, blocks }
+    for part in 0..steps.parts {
+        let mut rows = [0u16; SIDE * STEPS];
+        for (i, to) in rows.chunks_exact_mut(STEPS).enumerate().take(tile.rows) {
+            // SAFETY: the row's last steps.
+            unsafe {
+                let from = steps.left.add(i * steps.row_stride + part * steps.part_stride + blocks * STEPS);
+                to.as_mut_ptr().copy_from_nonoverlapping(from, rest);
+            };
+        }
+        let (left, right) = (rows.as_ptr(), words.as_ptr());
+        let steps = PairSteps { left, row_stride: STEPS, parts: 1, part_stride: 0, right, k: STEPS };
+        // SAFETY: one block of steps in both buffers, and the sums as above.
+        unsafe { sums.add(&[steps], accumulate || part > 0) };
     }
 }
 
 /// A tile's sums in memory, by halves.
+#[repr(C)]
 struct Sums {
-    out: [*mut f32; 2],
-    stride: usize,
+    upper: *mut f32,
+    lower: *mut f32,
+    row_bytes: usize,
+    /// The lower half's first row.
+    first: usize,
 }
 
 impl Sums {
-    /// Adds the products of the runs, at least one, to the sums, or writes them there.
+    /// Adds the products of the steps that fill registers, at least one, to the sums, or writes them there.
     ///
     /// # Safety
     /// The unit is configured; each half's rows, as many as the configuration says, have the blocks' steps, and `right` has
     /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to.
-    unsafe fn add(&self, runs: &[Run], accumulate: bool) {
+    unsafe fn add(&self, steps: &[PairSteps], accumulate: bool) {
         // SAFETY: registers are loaded from and stored to what the caller promises.
         unsafe {
             asm!(
+                "test {accumulate}, {accumulate}",
+                "jz 2f",
+                "mov {first}, [{sums} + {upper}]",
+                "mov {second}, [{sums} + {lower}]",
+                "mov {left_stride}, [{sums} + {stride}]",
+                "tileloadd tmm0, [{first} + {left_stride} * 1]",
+                "tileloadd tmm1, [{first} + {left_stride} * 1 + 64]",
+                "tileloadd tmm2, [{second} + {left_stride} * 1]",
+                "tileloadd tmm3, [{second} + {left_stride} * 1 + 64]",
+                "jmp 3f",
+                "2:",
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
-                "test {accumulate}, {accumulate}",
-                "jz 2f",
-                "tileloadd tmm0, [{upper} + {out_stride} * 1]",
-                "tileloadd tmm1, [{upper} + {out_stride} * 1 + 64]",
-                "tileloadd tmm2, [{lower} + {out_stride} * 1]",
-                "tileloadd tmm3, [{lower} + {out_stride} * 1 + 64]",
-                "2:",
-                "mov {first}, [{runs}]",
-                "mov {second}, [{runs} + 8]",
-                "mov {left_stride}, [{runs} + 16]",
-                "mov {right}, [{runs} + 24]",
-                "mov {blocks}, [{runs} + 32]",
+                // The next product's.
                 "3:",
-                "tileloadd tmm4, [{first} + {left_stride} * 1]",
+                "mov {blocks}, [{steps} + {k}]",
+                "shr {blocks}, 5",
+                "jz 5f",
+                "mov {first}, [{steps} + {left}]",
+                "mov {left_stride}, [{steps} + {row_stride}]",
+                "add {left_stride}, {left_stride}",
+                "mov {right}, [{steps} + {panel}]",
+                "mov {second}, {left_stride}",
+                "imul {second}, [{sums} + {rows}]",
+                "add {second}, {first}",
+                // From after the last part's steps to the first one's next.
+                "mov {back}, [{steps} + {part_stride}]",
+                "imul {back}, [{steps} + {parts}]",
+                "lea {back}, [{back} * 2 - 64]",
+                "4:",
                 "tileloadd tmm6, [{right} + {right_stride} * 1]",
                 "tileloadd tmm7, [{right} + {right_stride} * 1 + 64]",
+                "mov {part}, [{steps} + {parts}]",
+                "6:",
+                "tileloadd tmm4, [{first} + {left_stride} * 1]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm5, [{second} + {left_stride} * 1]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {first}, 64",
-                "add {second}, 64",
+                "add {first}, [{steps} + {part_stride}]",
+                "add {first}, [{steps} + {part_stride}]",
+                "add {second}, [{steps} + {part_stride}]",
+                "add {second}, [{steps} + {part_stride}]",
+                "dec {part}",
+                "jnz 6b",
+                "sub {first}, {back}",
+                "sub {second}, {back}",
                 "add {right}, 2048",
                 "dec {blocks}",
-                "jnz 3b",
-                "add {runs}, {run}",
+                "jnz 4b",
+                "5:",
+                "add {steps}, {size}",
                 "dec {count}",
-                "jnz 2b",
-                "tilestored [{upper} + {out_stride} * 1], tmm0",
-                "tilestored [{upper} + {out_stride} * 1 + 64], tmm1",
-                "tilestored [{lower} + {out_stride} * 1], tmm2",
-                "tilestored [{lower} + {out_stride} * 1 + 64], tmm3",
-                accumulate = in(reg) usize::from(accumulate),
-                upper = in(reg) self.out[0],
-                lower = in(reg) self.out[1],
-                out_stride = in(reg) self.stride * size_of::<f32>(),
-                runs = inout(reg) runs.as_ptr() => _,
-                run = const size_of::<Run>(),
-                count = inout(reg) runs.len() => _,
+                "jnz 3b",
+                "mov {first}, [{sums} + {upper}]",
+                "mov {second}, [{sums} + {lower}]",
+                "mov {left_stride}, [{sums} + {stride}]",
+                "tilestored [{first} + {left_stride} * 1], tmm0",
+                "tilestored [{first} + {left_stride} * 1 + 64], tmm1",
+                "tilestored [{second} + {left_stride} * 1], tmm2",
+                "tilestored [{second} + {left_stride} * 1 + 64], tmm3",
+                accumulate = inout(reg) usize::from(accumulate) => _,
+                sums = in(reg) self,
+                upper = const offset_of!(Self, upper),
+                lower = const offset_of!(Self, lower),
+                stride = const offset_of!(Self, row_bytes),
+                rows = const offset_of!(Self, first),
+                steps = inout(reg) steps.as_ptr() => _,
+                size = const size_of::<PairSteps>(),
+                left = const offset_of!(PairSteps, left),
+                row_stride = const offset_of!(PairSteps, row_stride),
+                parts = const offset_of!(PairSteps, parts),
+                part_stride = const offset_of!(PairSteps, part_stride),
+                panel = const offset_of!(PairSteps, right),
+                k = const offset_of!(PairSteps, k),
+                count = inout(reg) steps.len() => _,
                 first = out(reg) _,
                 second = out(reg) _,
                 left_stride = out(reg) _,
                 right = out(reg) _,
                 right_stride = in(reg) SIDE * size_of::<u32>(),
                 blocks = out(reg) _,
+                part = out(reg) _,
+                back = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),

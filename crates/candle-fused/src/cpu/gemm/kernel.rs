@@ -40,13 +40,18 @@ pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const 
 
 /// Steps of a bf16 tile: the left matrix at the tile's first row and the first step, its columns side by side, and the
 /// packed right one, which holds for each two steps the columns' pairs side by side; what an odd last step is paired with
-/// does not count.
+/// does not count. Of several parts the left matrix has as many columns in each, and all are multiplied with the same right.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "elsewhere nothing multiplies pairs"))]
+#[repr(C)]
 pub(super) struct PairSteps {
     pub left: *const u16,
     /// Between rows of the left matrix, in elements.
     pub row_stride: usize,
+    /// Of the left matrix, at least one.
+    pub parts: usize,
+    /// Between these, in elements.
+    pub part_stride: usize,
     pub right: *const u32,
     /// How many steps.
     pub k: usize,
@@ -68,8 +73,9 @@ pub(super) struct Pairs {
     pub fast: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
-    /// Those of a panel that all rows take before the next, an even number.
+    /// Those that all rows take before the next, an even number, and with how many panels.
     pub chunk: usize,
+    pub panels: usize,
     /// What a thread calls before its tiles, and after them, while nothing else uses what they prepare.
     pub around: [unsafe fn(); 2],
     pub tile: PairTileFn,
@@ -105,6 +111,7 @@ impl Kernel {
                     fast: false,
                     steps: STEPS,
                     chunk: STEPS,
+                    panels: 1,
                     around: [|| {}, || {}],
                     tile: x86::avx512_pairs,
                 }),
@@ -115,14 +122,15 @@ impl Kernel {
                 columns: amx::SIDE,
                 halves: true,
                 tile: x86::avx512,
-                // The longer a piece, the fewer times sums leave the first-level cache. A chunk of a panel stays there for all
+                // The longer a piece, the fewer times sums leave the first-level cache. A chunk of two panels stays there for all
                 // rows that are taken at once: the unit is faster than what the second-level cache brings for each tile anew.
                 pairs: Some(Pairs {
                     rows: amx::SIDE,
                     halves: false,
                     fast: true,
                     steps: 4 * STEPS,
-                    chunk: 2 * STEPS,
+                    chunk: 320,
+                    panels: 2,
                     around: [amx::begin, amx::end],
                     tile: amx::tile,
                 }),
@@ -315,7 +323,13 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn pair_rows<const R: usize, const V: usize>(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
-        for &PairSteps { mut left, row_stride, mut right, k } in steps {
+        let parts = |steps: &PairSteps| {
+            let steps = *steps;
+            let part =
+                move |part| PairSteps { left: steps.left.wrapping_add(part * steps.part_stride), ..steps };
+            (0..steps.parts).map(part)
+        };
+        for PairSteps { mut left, row_stride, mut right, k, .. } in steps.iter().flat_map(parts) {
             // SAFETY: as many pairs as both matrices have, and a last step alone where `k` is odd, of which one element of
             // each row is read.
             unsafe {

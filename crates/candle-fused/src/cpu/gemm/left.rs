@@ -7,6 +7,7 @@ use half::bf16;
 
 use super::super::dispatch;
 use super::kernel::{Kernel, Pairs};
+use super::parts::{PARTS, Parts};
 use super::{Data, Matrix, Product, dot, pack};
 
 /// A left matrix for several products, widened once, when the first of them needs it.
@@ -110,19 +111,52 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// The left matrices as the kernels read them, widened where they cannot.
-pub(super) fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Option<Left<'a>>> {
-    let left = |Product { left, right }: &Product<'a>| {
-        (!takes_pairs(kernel.pairs, left, right)).then(|| Left::new(*left))
+/// A left matrix as the kernels read it.
+pub(super) enum Read<'a> {
+    Stored(Matrix<'a>),
+    Wide(Left<'a>),
+    Parts(Parts),
+}
+
+/// The left matrices as the kernels read them: as they are, in parts, or widened.
+pub(super) fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Read<'a>> {
+    let read = |Product { left, right }: &Product<'a>| {
+        if takes_pairs(kernel.pairs, left, right) {
+            return Read::Stored(*left);
+        }
+        parts_for(kernel.pairs, left, right).map_or_else(|| Read::Wide(Left::new(*left)), Read::Parts)
     };
-    products.iter().map(left).collect()
+    products.iter().map(read).collect()
+}
+
+/// The parts of an f32 left matrix, where the product of these with the right one is the fastest.
+fn parts_for(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> Option<Parts> {
+    /// The fewest columns for which the splitting pays.
+    const COLUMNS: usize = 32;
+    let serve = pairs.is_some_and(|pairs| pairs.fast)
+        && matches!(right.data, Data::BF16(_))
+        && right.columns >= COLUMNS
+        && right.rows > 0;
+    if serve { Parts::of(left) } else { None }
+}
+
+/// A product as the kernels compute it: each part of the left matrix, as many columns of it after the others, with the same
+/// right one.
+pub(super) struct Term<'a> {
+    pub(super) left: Matrix<'a>,
+    pub(super) parts: usize,
+    pub(super) right: Matrix<'a>,
 }
 
 /// The products with these left matrices.
-pub(super) fn terms<'a>(products: &[Product<'a>], lefts: &'a [Option<Left<'a>>]) -> Vec<Product<'a>> {
-    let term = |(product, left): (&Product<'a>, &'a Option<Left<'a>>)| Product {
-        left: left.as_ref().map_or(product.left, Left::wide),
-        right: product.right,
+pub(super) fn terms<'a>(products: &[Product<'a>], lefts: &'a [Read<'a>]) -> Vec<Term<'a>> {
+    let term = |(Product { left, right }, read): (&Product<'a>, &'a Read<'a>)| {
+        let (left, parts) = match read {
+            Read::Stored(left) => (*left, 1),
+            Read::Wide(left) => (left.wide(), 1),
+            Read::Parts(parts) => parts.matrix().map_or((*left, 1), |matrix| (matrix, PARTS)),
+        };
+        Term { left, parts, right: *right }
     };
     products.iter().zip(lefts).map(term).collect()
 }

@@ -24,6 +24,7 @@ mod kernel;
 mod left;
 mod matrix;
 mod pack;
+mod parts;
 mod right;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,7 @@ use super::spread::{Kept, spread};
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
 pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts};
-use left::{lefts, takes_pairs, terms};
+use left::{Term, lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 pub(crate) use right::{Right, whole};
 use tiles::{Block, ROWS, Steps};
@@ -195,7 +196,7 @@ fn write<T: Element>(
     let terms = terms(products, &lefts);
     let sum = Sum { isa, kernel, n, start, terms: &terms };
 
-    let work = m * n * terms.iter().map(|term| term.left.columns).sum::<usize>();
+    let work = m * n * terms.iter().map(|term| term.right.rows).sum::<usize>();
     let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
     let out = Shared(to.as_mut_ptr().cast::<T>());
     let tasks = tasks(kernel, [m, n], threads);
@@ -292,7 +293,7 @@ struct Sum<'a> {
     kernel: Kernel,
     n: usize,
     start: Start<'a>,
-    terms: &'a [Product<'a>],
+    terms: &'a [Term<'a>],
 }
 
 impl Sum<'_> {
@@ -365,7 +366,7 @@ impl Sum<'_> {
     /// # Safety
     /// `out` has the block's columns in each of its rows, `stride` apart.
     unsafe fn begin(&self, rows: Range<usize>, columns: Range<usize>, out: *mut f32, stride: usize) -> bool {
-        let empty = self.terms.iter().all(|term| term.left.columns == 0);
+        let empty = self.terms.iter().all(|term| term.right.rows == 0);
         if matches!(self.start, Start::Zero) && !empty {
             return false;
         }
@@ -413,11 +414,11 @@ impl Sum<'_> {
         let kernel = self.kernel;
         let padded = columns.next_multiple_of(kernel.columns);
         let mut pieces: Vec<Piece> = Vec::new();
-        for Product { left, right } in self.terms {
+        for &Term { ref left, parts, ref right } in self.terms {
             let pairs = kernel.pairs.filter(|_| takes_pairs(kernel.pairs, left, right));
-            for range in cut(pairs, left.columns) {
+            for range in cut(pairs, right.rows) {
                 let words = tiles::words(pairs, range.len());
-                let steps = Steps { kernel, left, pairs, range, words };
+                let steps = Steps { kernel, left, parts, pairs, range, words };
                 let size = words * padded;
                 match pieces.last_mut() {
                     Some(last) if last.takes(&steps) => {

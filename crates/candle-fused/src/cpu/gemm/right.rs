@@ -95,7 +95,7 @@ impl Right {
         for (range, size) in self.pieces.iter().take_while(|(range, _)| range.start < left.columns) {
             let (here, rest) = panels.split_at(*size);
             let range = range.start..range.end.min(left.columns);
-            let steps = Steps { kernel, left, pairs: self.pairs, range, words: size / padded };
+            let steps = Steps { kernel, left, parts: 1, pairs: self.pairs, range, words: size / padded };
             let block = Block { steps, then: None, padded };
             // SAFETY: the result is initialised, as large as is said, and nobody else's.
             unsafe { block.add(here, 0..left.rows, columns, to.as_mut_ptr(), stride, begun) };

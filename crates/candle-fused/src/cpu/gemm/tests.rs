@@ -345,3 +345,39 @@ fn a_large_matrix_is_widened_row_by_row() {
         }
     }
 }
+
+/// Numbers of 24 bits times numbers of 8 are as exact as f32 has them, in parts or not: a part that is left out, or another
+/// part's place, is an error of 2⁻⁸, 2⁻¹⁶ or more of a term.
+#[test]
+fn f32_times_bf16_loses_no_bits() {
+    let number = |i: usize| (((i * 2_654_435_761) >> 5) % 16_777_213) as f32 / 8_388_608.0 - 1.0;
+    for [m, k, n] in [[5, 7, 40], [33, 1100, 70], [70, 96, 33], [200, 4100, 32]] {
+        for stride in [k, k + 3] {
+            let left: Vec<f32> = (0..m * stride).map(number).collect();
+            let right: Vec<bf16> = (0..k * n).map(|i| bf16::from_f32(number(i + 99))).collect();
+            let start: Vec<f32> = (0..n).map(|j| number(j + 7)).collect();
+            let product = Product {
+                left: Matrix::new(Data::F32(&left), 0, [m, k], [stride, 1]).unwrap(),
+                right: Matrix::new(Data::BF16(&right), 0, [k, n], [1, k]).unwrap(),
+            };
+            for isa in instruction_sets() {
+                let got: Vec<f32> = sum_with(isa, [m, n], Start::Row(&start), &[product]);
+                for (at, got) in got.into_iter().enumerate() {
+                    let (i, j) = (at / n, at % n);
+                    let term =
+                        |l: usize| f64::from(left[i * stride + l]) * f64::from(right[j * k + l].to_f32());
+                    let (sum, size) =
+                        (0..k).map(term).fold((f64::from(start[j]), 0.0), |(sum, size): (f64, f64), x| {
+                            (sum + x, size + x.abs())
+                        });
+                    let error = (f64::from(got) - sum).abs();
+                    // What rounded sums take; without the third parts it is more.
+                    assert!(
+                        error <= (1.0 + size) * 3e-6,
+                        "{isa:?} {m} {k} {n} {stride} {i} {j}: {error:e} of {size:e}"
+                    );
+                }
+            }
+        }
+    }
+}

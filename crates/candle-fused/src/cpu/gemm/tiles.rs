@@ -19,6 +19,8 @@ const WHOLE_STEPS: usize = 32;
 pub(super) struct Steps<'a> {
     pub(super) kernel: Kernel,
     pub(super) left: &'a Matrix<'a>,
+    /// The left matrix's columns are those of so many parts, each of which is multiplied with the same steps.
+    pub(super) parts: usize,
     /// The tile for them, where they are packed in pairs.
     pub(super) pairs: Option<Pairs>,
     pub(super) range: Range<usize>,
@@ -42,10 +44,16 @@ pub(super) struct Block<'a> {
 /// A row, a panel, and some of a block's first steps.
 type At<'a> = (usize, usize, &'a Range<usize>);
 
-/// How many of a piece's steps are taken at a time: all in f32, of pairs about [`Pairs::chunk`], in chunks of one size.
-fn chunk(pairs: Option<Pairs>, steps: usize) -> usize {
-    let parts = pairs.map_or(1, |pairs| steps.div_ceil(pairs.chunk));
-    steps.div_ceil(parts.max(1)).next_multiple_of(WHOLE_STEPS).max(WHOLE_STEPS)
+/// How many of a piece's steps are taken at a time, and for how many panels: all in f32 and of parts, which have enough to
+/// multiply, and else about [`Pairs::chunk`] of pairs, in chunks of one size.
+fn chunk(pairs: Option<Pairs>, parts: usize, steps: usize) -> (usize, usize) {
+    match pairs {
+        Some(pairs) if parts == 1 => {
+            let chunks = steps.div_ceil(pairs.chunk).max(1);
+            (steps.div_ceil(chunks).next_multiple_of(WHOLE_STEPS).max(WHOLE_STEPS), pairs.panels)
+        }
+        _ => (steps.max(1), 1),
+    }
 }
 
 impl Block<'_> {
@@ -63,22 +71,23 @@ impl Block<'_> {
         stride: usize,
         accumulate: bool,
     ) {
-        let Steps { kernel, left, pairs, ref range, .. } = self.steps;
+        let Steps { kernel, left, parts, pairs, ref range, .. } = self.steps;
         let wide = kernel.columns;
         let tall = pairs.map_or(kernel.rows, |pairs| pairs.rows);
         let [begin, end] = pairs.map_or([(|| {}) as unsafe fn(); 2], |pairs| pairs.around);
         // SAFETY: the tiles between are on this thread, and are all that uses what this prepares.
         unsafe { begin() };
-        let chunk = chunk(pairs, range.len());
+        let (chunk, group) = chunk(pairs, parts, range.len());
+        let panels_of = |first: usize| first..columns.div_ceil(wide).min(first + group);
         for first in rows.clone().step_by(ROWS) {
-            for j in 0..columns.div_ceil(wide) {
-                let count = wide.min(columns - j * wide);
+            for panel in (0..columns.div_ceil(wide)).step_by(group) {
                 for from in (0..range.len()).step_by(chunk) {
                     let steps = from..range.len().min(from + chunk);
-                    for i in (first..rows.end.min(first + ROWS)).step_by(tall) {
+                    let down = (first..rows.end.min(first + ROWS)).step_by(tall);
+                    for (i, j) in down.flat_map(|i| panels_of(panel).map(move |j| (i, j))) {
                         let tile = Tile {
                             rows: tall.min(rows.end - i),
-                            columns: count,
+                            columns: wide.min(columns - j * wide),
                             k: steps.len(),
                             row_stride: left.row_stride,
                             column_stride: left.column_stride,
@@ -148,6 +157,8 @@ impl Block<'_> {
                 Some(PairSteps {
                     left: data.as_ptr().add(steps.left.index(row, steps.range.start + some.start)).cast(),
                     row_stride: steps.left.row_stride,
+                    parts: steps.parts,
+                    part_stride: steps.left.columns / steps.parts,
                     right: panels.as_ptr().add(panel + some.start / 2 * steps.kernel.columns).cast(),
                     k: some.len(),
                 })

@@ -65,6 +65,24 @@ pub(crate) trait Lanes:
         }
     }
 
+    /// Each with the lower half of its bits cleared: rounded towards zero to bf16, but for a NaN that was one by these alone.
+    #[inline(always)]
+    fn upper_halves(self) -> Self {
+        Self::load(&self.to_array().map(
+            #[inline(always)]
+            |x| f32::from_bits(x.to_bits() & 0xFFFF_0000),
+        ))
+    }
+
+    /// [`Self::upper_halves`] as bf16.
+    #[inline(always)]
+    fn store_upper_halves(self, to: &mut Room<bf16>) {
+        for (to, x) in to.iter_mut().zip(self.to_array()) {
+            let [.., low, high] = x.to_bits().to_le_bytes();
+            to.write(bf16::from_le_bytes([low, high]));
+        }
+    }
+
     /// [`Self::store`] past the cache, to an address that is a multiple of 16. [`Self::fence`] orders it.
     ///
     /// # Safety

@@ -66,12 +66,18 @@ impl Avx512 {
 
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
-        x86!({
-            // One instruction instead of a shift and a truncation.
-            let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
-            _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, self.round_bf16()))
-        })
+        upper_halves(self.round_bf16())
     }
+}
+
+/// The upper half of each word.
+#[inline(always)]
+fn upper_halves(words: __m512i) -> __m256i {
+    x86!({
+        // One instruction instead of a shift and a truncation.
+        let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
+        _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, words))
+    })
 }
 
 impl Lanes for Avx512 {
@@ -123,6 +129,22 @@ impl Lanes for Avx512 {
             let pairs = _mm512_mask_blend_epi16(0xAAAA_AAAA, low, high.round_bf16());
             _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs);
         });
+    }
+
+    #[inline(always)]
+    fn upper_halves(self) -> Self {
+        Self(x86!({
+            let bits = _mm512_and_si512(
+                _mm512_castps_si512(self.0),
+                _mm512_set1_epi32(0xFFFF_0000u32.cast_signed()),
+            );
+            _mm512_castsi512_ps(bits)
+        }))
+    }
+
+    #[inline(always)]
+    fn store_upper_halves(self, to: &mut Room<bf16>) {
+        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), upper_halves(_mm512_castps_si512(self.0))));
     }
 
     #[inline(always)]
