@@ -160,12 +160,16 @@ pub(crate) struct Expansion {
 }
 
 impl Expansion {
-    /// Of a factor that is not empty.
-    pub(crate) fn new(factor: Matrix) -> Self {
+    /// Of a factor that is not empty, for rows of this type.
+    pub(crate) fn new(factor: Matrix, rows: DType) -> Self {
         let (rank, columns) = (factor.rows, factor.columns);
-        // What is left out is the product of two small parts.
-        let (parts, slots): (&[usize], &[usize]) =
-            if exact(&factor).len() == 1 { (&[0, 1], &[0, 0]) } else { (&[0, 0, 1], &[0, 1, 0]) };
+        // What is left out are products of small parts.
+        let (parts, slots): (&[usize], &[usize]) = match (rows, exact(&factor).len()) {
+            (DType::F32, 1) => (&[0, 1, 2], &[0, 0, 0]),
+            (DType::F32, _) => (&[0, 0, 1, 1, 0, 2], &[0, 1, 0, 1, 2, 0]),
+            (_, 1) => (&[0, 1], &[0, 0]),
+            _ => (&[0, 0, 1], &[0, 1, 0]),
+        };
         let mut below = below(factor, slots);
         below.resize((parts.len() * rank).next_multiple_of(UNIT) * columns, bf16::ZERO);
         Self { rank, columns, parts, below }
@@ -194,7 +198,19 @@ pub(crate) struct Update<'a> {
     left: Vec<bf16>,
 }
 
-impl Update<'_> {
+impl<'a> Update<'a> {
+    /// Of an `h` that is there.
+    pub(crate) fn of(h: &[f32], factor: &'a Expansion) -> Self {
+        let (n, rank, steps) = (h.len() / factor.rank, factor.rank, factor.steps());
+        let mut left = vec![bf16::ZERO; n * steps];
+        let size = task_rows(n);
+        let tasks = h.chunks(size * rank).zip(left.chunks_mut(size * steps)).collect();
+        spread(tasks, n * rank * factor.columns >= PARALLEL, |parts: &mut Vec<bf16>, (h, left)| {
+            factor.lay(h, parts, left);
+        });
+        Self { factor, left }
+    }
+
     pub(crate) fn product(&self) -> Result<Product<'_>> {
         let (steps, columns) = (self.factor.steps(), self.factor.columns);
         Ok(Product {
@@ -476,7 +492,8 @@ mod tests {
                 let a_rows = Matrix::new(data("a"), 0, [rank, inputs], [inputs, 1]).unwrap();
                 let b_rows = Matrix::new(data("b"), 0, [rank, outputs], [outputs, 1]).unwrap();
                 let exact = |terms: usize| EXACT * (1.0 + terms as f64 / 32.0);
-                let (contraction, expansion) = (Contraction::new(a_rows).unwrap(), Expansion::new(b_rows));
+                let (contraction, expansion) =
+                    (Contraction::new(a_rows).unwrap(), Expansion::new(b_rows, DType::BF16));
 
                 let (got, update) = contract(&x_rows, &contraction, 2.0, &expansion);
                 check("h", &got, [n, inputs, rank], exact(inputs), |i, l, j| {
@@ -493,8 +510,18 @@ mod tests {
                     f64::from(got[i * rank + l]) * factor(&b, l * outputs + j)
                 });
 
+                let whole = Expansion::new(b_rows, DType::F32);
+                check(
+                    "y in f32",
+                    &y(&Update::of(&got, &whole), outputs),
+                    [n, rank, outputs],
+                    EXACT,
+                    |i, l, j| f64::from(got[i * rank + l]) * factor(&b, l * outputs + j),
+                );
+
                 let dtype = if short { DType::BF16 } else { DType::F32 };
-                let (expansion, contraction) = (Expansion::new(a_rows), Contraction::new(b_rows).unwrap());
+                let (expansion, contraction) =
+                    (Expansion::new(a_rows, DType::BF16), Contraction::new(b_rows).unwrap());
                 let wanted = (true, Some(dtype), Some(dtype));
                 let gradients = gradients([&x_rows, &g_rows], &h, (&expansion, &contraction), 0.5, wanted);
                 let part = if short { CLOSE } else { exact(n) };

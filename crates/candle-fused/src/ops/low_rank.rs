@@ -19,6 +19,7 @@ use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
 use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
+use crate::cpu::low_rank_pairs::Update;
 use crate::graph::{self, Backward, Reads, tracked};
 use crate::ops::{low_rank_pairs, low_rank_products};
 use crate::philox::{halves, philox4x32};
@@ -400,7 +401,12 @@ impl Kernel for Forward<'_> {
                 h
             };
             let base = weight.map(|_| Product { left: left.beside(&right), right });
-            let low = Product { left: Matrix::of_rows(&h, dims)?, right: b.t() };
+            let factor = low_rank_pairs::beside(base.as_ref(), b.t());
+            let update = factor.as_ref().map(|factor| Update::of(&h, factor));
+            let low = match &update {
+                Some(update) => update.product()?,
+                None => Product { left: Matrix::of_rows(&h, dims)?, right: b.t() },
+            };
             let products: Vec<_> = base.into_iter().chain([low]).collect();
             let y = product(dtype, [dims[0], b.rows], start, &products)?;
             Ok((y, Some(Tensor::from_vec(h, (dims[0], dims[1]), &Device::Cpu)?)))
@@ -536,10 +542,14 @@ impl Kernel for Gradients<'_> {
                 return Ok(gradients);
             }
             if wanted.x {
-                let e = Matrix::of_rows(&parts.e, [h.rows, h.columns])?;
                 let base =
                     weight.map(|_| Product { left: left.beside(&weight_matrix), right: weight_matrix });
-                let low = Product { left: e, right: a };
+                let factor = low_rank_pairs::beside(base.as_ref().filter(|_| call.dropout.is_none()), a);
+                let update = factor.as_ref().map(|factor| Update::of(&parts.e, factor));
+                let low = match &update {
+                    Some(update) => update.product()?,
+                    None => Product { left: Matrix::of_rows(&parts.e, [h.rows, h.columns])?, right: a },
+                };
                 let dims = [h.rows, a.columns];
                 gradients[0] = Some(match call.dropout {
                     None => {

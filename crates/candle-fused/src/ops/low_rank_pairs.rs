@@ -1,5 +1,6 @@
 //! LoRA beside a frozen bf16 weight on a processor's matrix unit, in pairs of bf16 (`cpu/low_rank_pairs.rs`): the update is added
-//! up with its base. Dropout's input, which is f32, and a product without a base go the way of other processors.
+//! up with its base. Dropout's input, which is f32, and a product without a base go the way of other processors; so do f32 rows, but
+//! for their update.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candlewick_kernels::lora::LoraGradients;
@@ -7,12 +8,20 @@ use candlewick_kernels::lora::LoraGradients;
 use super::low_rank::{LowRank, is_empty};
 use crate::backend::cpu::to_vec;
 use crate::backend::products::{product, with_matrices};
-use crate::cpu::gemm::{Product, Start, multiplies_parts};
+use crate::cpu::gemm::{Matrix, Product, Start, multiplies_parts, takes_parts};
 use crate::cpu::low_rank_pairs::{self, Contraction, Expansion, Update};
 
 /// The base's weight, if there may be a product to compute so.
 fn weight<'a>(call: &'a LowRank, x: &Tensor, b: &Tensor) -> Option<&'a Tensor> {
     call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b))
+}
+
+/// What makes the update of an f32 result beside this base from a factor `[r, out]`, where both are a sum of pairs.
+pub(super) fn beside(base: Option<&Product>, factor: Matrix) -> Option<Expansion> {
+    /// Six parts of each are more for the matrix unit than they are worth beyond.
+    const RANKS: usize = 32;
+    let serves = base.is_some_and(takes_parts) && (1..=RANKS).contains(&factor.rows);
+    serves.then(|| Expansion::new(factor, DType::F32))
 }
 
 /// The result `[n, out]` and `h [n, r]` for `x [n, in]`, `a [r, in]` and `b [out, r]`, where this is the way.
@@ -27,7 +36,7 @@ pub(super) fn forward(
             return Ok(None);
         }
         let (n, rank, outputs) = (x.rows, a.rows, b.rows);
-        let (a, b) = (Contraction::new(a)?, Expansion::new(b.t()));
+        let (a, b) = (Contraction::new(a)?, Expansion::new(b.t(), DType::BF16));
         let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
         let bias = bias.map(to_vec).transpose()?;
         let start = bias.as_deref().map_or(Start::Zero, Start::Row);
@@ -50,7 +59,8 @@ pub(super) fn gradients(
         if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
             return Ok(None);
         }
-        let (rank, a, b, h) = (h.columns, Expansion::new(a), Contraction::new(b.t())?, h.rows_f32());
+        let (rank, a, b, h) =
+            (h.columns, Expansion::new(a, DType::BF16), Contraction::new(b.t())?, h.rows_f32());
         let gradients =
             low_rank_pairs::gradients([&x, &grad], &h, (&a, &b), call.scaling, (wanted.x, of_a, of_b));
         let stored = |gradient: Option<Vec<f32>>, dims: (usize, usize), dtype: Option<DType>| {

@@ -131,13 +131,23 @@ pub(super) fn lefts<'a>(kernel: Kernel, products: &[Product<'a>]) -> Vec<Read<'a
 
 /// The parts of an f32 left matrix, where the product of these with the right one is the fastest.
 fn parts_for(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> Option<Parts> {
+    if serve_parts(pairs, left, right) { Parts::of(left) } else { None }
+}
+
+fn serve_parts(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> bool {
     /// The fewest columns for which the splitting pays.
     const COLUMNS: usize = 32;
-    let serve = pairs.is_some_and(|pairs| pairs.fast)
-        && matches!(right.data, Data::BF16(_))
+    pairs.is_some_and(|pairs| pairs.fast)
+        && matches!((left.data, right.data), (Data::F32(_), Data::BF16(_)))
+        && left.in_rows().is_some()
+        && left.rows > dot::ROWS
         && right.columns >= COLUMNS
-        && right.rows > 0;
-    if serve { Parts::of(left) } else { None }
+        && right.rows > 0
+}
+
+/// Whether this product of f32 and bf16 is one of pairs, in parts.
+pub(crate) fn takes_parts(Product { left, right }: &Product) -> bool {
+    serve_parts(Kernel::of(dispatch::isa()).pairs, left, right)
 }
 
 /// A product as the kernels compute it: each part of the left matrix, as many columns of it after the others, with the same

@@ -41,7 +41,7 @@ use super::rows::{load_part, store_part};
 use super::spread::{Kept, spread};
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
-pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts};
+pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts, takes_parts};
 use left::{Term, lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 pub(crate) use right::{Right, whole};

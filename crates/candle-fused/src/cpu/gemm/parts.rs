@@ -7,7 +7,6 @@
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
-use std::iter::repeat;
 use std::mem::MaybeUninit;
 use std::slice;
 
@@ -21,7 +20,7 @@ use super::matrix::{Data, Matrix};
 /// How many parts are a float.
 pub(super) const PARTS: usize = 3;
 /// bf16 in a line of the cache.
-const LINE: usize = 32;
+const LINE: usize = 2 * LANES;
 /// Elements that are worth a task.
 const ELEMENTS: usize = 32 * 1024;
 
@@ -50,7 +49,7 @@ impl Parts {
         spread(tasks.enumerate().collect(), rows > few, |(): &mut (), (i, lines): (usize, &mut [_])| {
             for (row, to) in (i * few..).zip(lines.chunks_exact_mut(PARTS * width)) {
                 let from = &data[offset + row * stride..][..columns];
-                dispatch::vectorise(dispatch::isa(), Split { from, to: room(to) });
+                dispatch::vectorise(dispatch::isa(), Split { from, to });
             }
         });
         // SAFETY: within the capacity; the tasks have written every row, and a row all of its lines.
@@ -68,12 +67,6 @@ impl Parts {
     }
 }
 
-/// The elements of lines.
-fn room(lines: &mut [MaybeUninit<Line>]) -> &mut [MaybeUninit<bf16>] {
-    // SAFETY: lines are bf16 side by side, initialised or not.
-    unsafe { slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LINE) }
-}
-
 /// What is left of finite numbers without their upper halves; 0 of infinite ones.
 #[inline(always)]
 fn left_over<L: Lanes>(x: L) -> L {
@@ -83,10 +76,10 @@ fn left_over<L: Lanes>(x: L) -> L {
     x.abs().if_less(L::splat(f32::INFINITY), x - x.upper_halves(), none)
 }
 
-/// A row's parts, each as long as the others, and at least as the row; zeros fill them up.
+/// A row's parts, each as many lines, which zeros fill up.
 struct Split<'a> {
     from: &'a [f32],
-    to: &'a mut [MaybeUninit<bf16>],
+    to: &'a mut [MaybeUninit<Line>],
 }
 
 impl Vectorised for Split<'_> {
@@ -95,32 +88,29 @@ impl Vectorised for Split<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { from, to } = self;
-        let width = to.len() / PARTS;
-        let (first, rest) = to.split_at_mut(width);
-        let (second, third) = rest.split_at_mut(width);
-        let (pieces, last) = from.as_chunks();
-        let rooms =
-            first.as_chunks_mut().0.iter_mut().zip(second.as_chunks_mut().0).zip(third.as_chunks_mut().0);
-        for (piece, ((first, second), third)) in pieces.iter().zip(rooms) {
-            let x = L::load(piece);
-            x.store_upper_halves(first);
-            let x = left_over(x);
-            x.store_upper_halves(second);
-            (x - x.upper_halves()).store_upper_halves(third);
+        let (first, rest) = to.split_at_mut(to.len() / PARTS);
+        let (second, third) = rest.split_at_mut(first.len());
+        let mut rooms = first.iter_mut().zip(second).zip(third);
+        let (pieces, last) = from.as_chunks::<LINE>();
+        for (piece, ((first, second), third)) in pieces.iter().zip(&mut rooms) {
+            split::<L>(piece, [first, second, third]);
         }
-        let whole = pieces.len() * LANES;
-        let mut x = L::load(&L::part(last, 0.0));
-        for to in [first, second, third] {
-            let mut piece = [MaybeUninit::new(bf16::ZERO); LANES];
-            x.store_upper_halves(&mut piece);
-            // Whole lines have room for it.
-            for (to, x) in
-                to[whole..].iter_mut().zip(piece.into_iter().chain(repeat(MaybeUninit::new(bf16::ZERO))))
-            {
-                *to = x;
-            }
-            x = left_over(x);
+        if let Some(((first, second), third)) = rooms.next() {
+            let mut piece = [0.0; LINE];
+            piece[..last.len()].copy_from_slice(last);
+            split::<L>(&piece, [first, second, third]);
         }
+    }
+}
+
+#[inline(always)]
+fn split<L: Lanes>(from: &[f32; LINE], to: [&mut MaybeUninit<Line>; PARTS]) {
+    let (pieces, _) = from.as_chunks();
+    let mut x = [L::load(&pieces[0]), L::load(&pieces[1])];
+    for to in to {
+        // SAFETY: a line is these elements, initialised or not.
+        L::store_upper_halves(x[0], x[1], unsafe { &mut *to.as_mut_ptr().cast() });
+        x = [left_over(x[0]), left_over(x[1])];
     }
 }
 
@@ -130,6 +120,7 @@ mod tests {
     #![expect(clippy::float_cmp, reason = "exact sums")]
 
     use super::*;
+    use crate::cpu::dispatch::instruction_sets;
 
     /// Every float is the sum of its parts, whatever comes after it in the row; what is not finite has one such part.
     #[test]
@@ -153,21 +144,29 @@ mod tests {
             let (rows, stride) = (3, columns + 2);
             let data: Vec<f32> = (0..rows * stride).map(|i| numbers[i * 7 % numbers.len()]).collect();
             let matrix = Matrix::new(Data::F32(&data), 1, [rows, columns], [stride, 1]).unwrap();
-            let parts = Parts::of(&matrix).unwrap();
-            let (got, width) = (parts.matrix().unwrap().to_f32(), columns.next_multiple_of(LINE));
-            assert_eq!(got.len(), rows * PARTS * width);
-            for (i, row) in got.chunks_exact(PARTS * width).enumerate() {
-                for j in 0..width {
-                    let x = if j < columns { data[1 + i * stride + j] } else { 0.0 };
-                    let all: Vec<f32> = (0..PARTS).map(|part| row[part * width + j]).collect();
-                    // Exact in f64, and from the largest on.
-                    let sum = all.iter().map(|&x| f64::from(x)).sum::<f64>();
-                    assert!(
-                        sum == f64::from(x) || sum.is_nan() && x.is_nan(),
-                        "{x} {all:?} {columns} {i} {j}"
-                    );
-                }
+            let (parts, width) = (Parts::of(&matrix).unwrap(), columns.div_ceil(LINE));
+            let whole = parts.matrix().unwrap().to_f32();
+            assert_eq!(whole.len(), rows * PARTS * width * LINE);
+            for (i, row) in whole.chunks_exact(PARTS * width * LINE).enumerate() {
+                are_parts(&data[1 + i * stride..][..columns], row);
             }
+            for isa in instruction_sets() {
+                let mut lines = vec![MaybeUninit::new(Line([bf16::NAN; LINE])); PARTS * width];
+                dispatch::vectorise(isa, Split { from: &data[..columns], to: &mut lines });
+                // SAFETY: initialised.
+                let lines = lines.into_iter().flat_map(|line| unsafe { line.assume_init() }.0);
+                are_parts(&data[..columns], &lines.map(bf16::to_f32).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    fn are_parts(from: &[f32], row: &[f32]) {
+        let width = row.len() / PARTS;
+        for j in 0..width {
+            let x = from.get(j).copied().unwrap_or(0.0);
+            // Exact in f64.
+            let sum = (0..PARTS).map(|part| f64::from(row[part * width + j])).sum::<f64>();
+            assert!(sum == f64::from(x) || sum.is_nan() && x.is_nan(), "{x} {sum} {j} of {}", from.len());
         }
     }
 

@@ -74,10 +74,10 @@ pub(crate) trait Lanes:
         ))
     }
 
-    /// [`Self::upper_halves`] as bf16.
+    /// [`Self::upper_halves`] of two as bf16, one after the other.
     #[inline(always)]
-    fn store_upper_halves(self, to: &mut Room<bf16>) {
-        for (to, x) in to.iter_mut().zip(self.to_array()) {
+    fn store_upper_halves(first: Self, second: Self, to: &mut [MaybeUninit<bf16>; 2 * LANES]) {
+        for (to, x) in to.iter_mut().zip(first.to_array().into_iter().chain(second.to_array())) {
             let [.., low, high] = x.to_bits().to_le_bytes();
             to.write(bf16::from_le_bytes([low, high]));
         }

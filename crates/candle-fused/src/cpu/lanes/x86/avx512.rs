@@ -23,11 +23,11 @@ operators! {
     Div div _mm512_div_ps,
 }
 
-/// Where the upper halves of the lanes lie among a register's words.
+/// Where the upper halves of the lanes of two registers lie among their words.
 #[rustfmt::skip]
 const UPPER_HALVES: [u16; 2 * LANES] = [
     1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63,
 ];
 
 impl Avx512 {
@@ -66,18 +66,12 @@ impl Avx512 {
 
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
-        upper_halves(self.round_bf16())
+        x86!({
+            // One instruction instead of a shift and a truncation.
+            let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
+            _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, self.round_bf16()))
+        })
     }
-}
-
-/// The upper half of each word.
-#[inline(always)]
-fn upper_halves(words: __m512i) -> __m256i {
-    x86!({
-        // One instruction instead of a shift and a truncation.
-        let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
-        _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, words))
-    })
 }
 
 impl Lanes for Avx512 {
@@ -143,8 +137,13 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn store_upper_halves(self, to: &mut Room<bf16>) {
-        x86!(_mm256_storeu_si256(to.as_mut_ptr().cast(), upper_halves(_mm512_castps_si512(self.0))));
+    fn store_upper_halves(first: Self, second: Self, to: &mut [MaybeUninit<bf16>; 2 * LANES]) {
+        x86!({
+            let [first, second] = [_mm512_castps_si512(first.0), _mm512_castps_si512(second.0)];
+            let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
+            let halves = _mm512_permutex2var_epi16(first, upper, second);
+            _mm512_storeu_si512(to.as_mut_ptr().cast(), halves);
+        });
     }
 
     #[inline(always)]
