@@ -333,7 +333,7 @@ pub fn lora_linear_cases(n: usize, lies: Lies) -> Vec<Case> {
     without_bias.truncate(4);
     let mut frozen_x = args(n, 5);
     frozen_x[0] = frozen_x[0].clone().frozen();
-    let mut narrow_base = args(n, 40);
+    let mut narrow_base = args(n, 200);
     narrow_base[3] = narrow_base[3].clone().narrow();
     vec![
         lora_linear(args(n, 5), None),
@@ -350,7 +350,7 @@ pub fn frozen_linear_cases(n: usize, lies: Lies) -> Vec<Case> {
     vec![
         frozen_linear(vec![lying(&[2, 3, n]), lying(&[5, n]).frozen(), lying(&[5]).frozen()]),
         frozen_linear(vec![lying(&[3, 5]), lying(&[n, 5]).frozen()]),
-        frozen_linear(vec![lying(&[2, 3, n]), lying(&[40, n]).frozen().narrow(), lying(&[40]).frozen()]),
+        frozen_linear(vec![lying(&[2, 3, n]), lying(&[200, n]).frozen().narrow(), lying(&[200]).frozen()]),
         frozen_linear(vec![lying(&[40, 3]), lying(&[n, 3]).frozen().narrow()]),
     ]
 }

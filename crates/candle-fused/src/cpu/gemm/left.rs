@@ -136,7 +136,7 @@ fn parts_for(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> Option<Part
 
 fn serve_parts(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> bool {
     /// The fewest columns for which the splitting pays.
-    const COLUMNS: usize = 32;
+    const COLUMNS: usize = 192;
     pairs.is_some_and(|pairs| pairs.fast)
         && matches!((left.data, right.data), (Data::F32(_), Data::BF16(_)))
         && left.in_rows().is_some()
