@@ -45,9 +45,12 @@ class Engine:
         dtype = dtypes[training["dtype"]]
         torch.manual_seed(SEED)
         # As from_pretrained would have them: drawn in what they are stored in, and then widened.
-        torch.set_default_dtype(dtypes[training.get("stored") or training["dtype"]])
+        stored = training.get("stored")
+        torch.set_default_dtype(dtypes[stored or training["dtype"]])
         with torch.device(self.device):
-            model = model(config(**options, use_cache=False)).to(dtype)
+            model = model(config(**options, use_cache=False))
+        if stored:
+            model = model.to(dtype)
         torch.set_default_dtype(torch.float32)
         lora = peft.LoraConfig(
             r=training["rank"],

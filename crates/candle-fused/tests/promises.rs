@@ -231,9 +231,12 @@ fn lora_learns_as_its_reference_at_every_rank() {
         }
     };
     for device in devices() {
-        let (weight, grad) = (tensor(&[21, 50], 4, &device), tensor(&[30, 21], 5, &device));
-        for rank in [7, 32, 33, 40] {
-            let vars = [(&[30, 50][..], 1), (&[rank, 50], 2), (&[21, rank], 3)]
+        let (weight, grad) = (tensor(&[200, 50], 4, &device), tensor(&[30, 200], 5, &device));
+        // A weight of 16 bits beside f32 is a way of its own on some processors.
+        let weights = [DType::F32, DType::BF16, DType::F16];
+        for (rank, dtype) in [7, 32, 33, 40].into_iter().flat_map(|rank| weights.map(|dtype| (rank, dtype))) {
+            let weight = weight.to_dtype(dtype).unwrap();
+            let vars = [(&[30, 50][..], 1), (&[rank, 50], 2), (&[200, rank], 3)]
                 .map(|(dims, seed)| var(dims, seed, &device));
             for dropout in [None, Some(Dropout { p: 0.3, seed: 7 })] {
                 let options = LoraLinearOptions { scaling: 0.5, dropout };
@@ -259,7 +262,8 @@ fn lora_learns_as_its_reference_at_every_rank() {
                         ),
                     ];
                     for (op, (fused, reference)) in pairs.into_iter().enumerate() {
-                        let what = format!("op {op}, rank {rank}, {dropout:?}, tracked {tracked:03b}");
+                        let what =
+                            format!("op {op}, {dtype:?}, rank {rank}, {dropout:?}, tracked {tracked:03b}");
                         let (fused, reference) = (fused.unwrap(), reference.unwrap());
                         close(&what, &fused, &reference);
                         let [fused, reference] = [fused, reference]
@@ -356,6 +360,14 @@ fn bad_input_is_an_error_that_says_what_and_why() {
         (
             rope(&t(&[1, 2, 3, 4]), &t(&[5, 2]), &t(&[5, 2]), RopeLayout::Half),
             "rope: cos must be [3, 2], got [5, 2]",
+        ),
+        (
+            frozen_linear(&x.to_dtype(DType::F16).unwrap(), &t(&[4, 8]).to_dtype(DType::BF16).unwrap(), None),
+            "frozen_linear: weight must be f16, got bf16",
+        ),
+        (
+            frozen_linear(&x.to_dtype(DType::BF16).unwrap(), &t(&[4, 8]), None),
+            "frozen_linear: weight must be bf16, got f32",
         ),
         (silu_mul(&x, &t(&[8, 2])), "silu_mul: up must be [2, 8], got [8, 2]"),
         (

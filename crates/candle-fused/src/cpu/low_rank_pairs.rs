@@ -4,7 +4,8 @@
 //! times bf16's eight, so that three parts are the float itself, and its products with bf16 are exact (but for what is
 //! subnormal, which the unit takes for zero, and for infinity, which times a part that is 0 is NaN). Factors of f32 are
 //! split so, and `h` and `e` for the gradient of such a factor. Two parts, which are a float within 2⁻¹⁶ of it, serve what
-//! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor.
+//! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor. Of an f32 result the update is
+//! the six products of parts that it can tell.
 //!
 //! The update is a term of the base's sum ([`Update`]). For the rest some rows are taken at a time, which stay in the cache.
 

@@ -12,7 +12,8 @@ const OP: &str = "frozen_linear";
 /// `x·Wᵀ + bias` for `x [..., in]` (f32, f16 or bf16), `weight [out, in]` and `bias [out]`, both of `x`'s dtype and
 /// without a gradient.
 ///
-/// A weight of 16 bits may stay so beside an f32 `x`: the result is that of the widened one. A CPU reads it as it is, and one
+/// A weight of 16 bits may stay so beside an f32 `x`: the result is that of the widened one, but for the
+/// order of additions. A CPU reads it as it is, and one
 /// with a matrix unit for bf16 (AMX) multiplies it with the parts of `x` in about half of f32's time; a GPU widens it for
 /// every product.
 ///

@@ -570,7 +570,8 @@ impl Kernel for Gradients<'_> {
     fn gpu(&self) -> Attempt<Self::Output> {
         let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
-        let call = &*call.like(x)?;
+        let call = if wanted.x { call.like(x)? } else { Cow::Borrowed(call) };
+        let call = &*call;
         if let Some(h) = h {
             return low_rank_products::gradients(call, [x, a, b], [h, grad], wanted);
         }

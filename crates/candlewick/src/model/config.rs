@@ -132,8 +132,8 @@ struct RawConfig {
     eos_token_id: Option<OneOrMany>,
     #[serde(default = "default_initializer_range")]
     initializer_range: f64,
-    dtype: Option<String>,
-    torch_dtype: Option<String>,
+    dtype: Option<serde_json::Value>,
+    torch_dtype: Option<serde_json::Value>,
     quantization_config: Option<serde_json::Value>,
 }
 
@@ -171,7 +171,7 @@ fn default_initializer_range() -> f64 {
 
 impl RawConfig {
     fn stored(&self) -> Option<DType> {
-        match self.dtype.as_ref().or(self.torch_dtype.as_ref())?.as_str() {
+        match self.dtype.as_ref().or(self.torch_dtype.as_ref())?.as_str()? {
             "float32" => Some(DType::F32),
             "float16" => Some(DType::F16),
             "bfloat16" => Some(DType::BF16),

@@ -52,7 +52,8 @@ pub fn load_tokenizer(files: &ModelFiles, config: &ModelConfig) -> Result<tokeni
 /// Reads a model whose parameters are frozen: no gradient is ever computed for them.
 ///
 /// `dtype` is f32, f16 or bf16, that of the activations; `None` keeps the dtype of the files. Matrices that the files have in
-/// 16 bits stay so on a CPU beside f32 activations, which changes nothing but memory and speed.
+/// 16 bits stay so on a CPU beside f32 activations, which changes memory and speed, and results
+/// by the order of additions alone.
 ///
 /// # Errors
 /// Files that are missing, truncated or malformed; tensors that are missing, unknown, or of another shape.
@@ -64,14 +65,15 @@ pub fn load_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device) ->
 }
 
 /// A model of this folder's `config.json` with frozen parameters that are drawn as [`RandomWeights`] does, whatever weights
-/// the folder has: for what does not depend on them, such as the speed and memory of a step. Matrices are in the dtype that
-/// the configuration says its weights are stored in, as [`load_frozen`] would have them.
+/// the folder has: for what does not depend on them, such as the speed and memory of a step. As from files in the dtype that
+/// the configuration names, which is also what `None` keeps: see [`load_frozen`].
 ///
 /// # Errors
 /// As [`load_config`].
 pub fn draw_frozen(files: &ModelFiles, dtype: Option<DType>, device: &Device, seed: u64) -> Result<Decoder> {
     let config = load_config(files)?;
-    let mut source = RandomWeights::new(&config, seed, dtype.unwrap_or(DType::F32), device).narrow_matrices();
+    let mut source = RandomWeights::new(&config, seed, dtype.or(config.dtype).unwrap_or(DType::F32), device)
+        .narrow_matrices();
     Decoder::build(config, &mut source)
 }
 
@@ -193,7 +195,7 @@ mod tests {
     use super::*;
     use crate::embedded::BASE;
 
-    /// The loss of a sentence, and its gradient after the embedding's first adapter: by all of the decoder's ways.
+    /// The loss of some tokens, and the gradients of all adapters' B.
     fn loss_of(decoder: &mut Decoder) -> (f32, Vec<f32>) {
         let config = crate::lora::LoraConfig {
             target_modules: Some(crate::lora::Modules::from_option("all-linear")),
@@ -236,6 +238,8 @@ mod tests {
     /// Drawn matrices are what a file in the configuration's dtype would hold.
     #[test]
     fn drawn_matrices_are_as_stored() {
+        let as_stored = draw_frozen(&BASE, None, &Device::Cpu, 3).unwrap();
+        assert_eq!(as_stored.dtype(), DType::BF16);
         let drawn = draw_frozen(&BASE, Some(DType::F32), &Device::Cpu, 3).unwrap();
         let mut source = RandomWeights::new(drawn.config(), 3, DType::F32, &Device::Cpu);
         let wide = Decoder::build(drawn.config().clone(), &mut source).unwrap();

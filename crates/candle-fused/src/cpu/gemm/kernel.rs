@@ -42,7 +42,6 @@ pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const 
 /// packed right one, which holds for each two steps the columns' pairs side by side; what an odd last step is paired with
 /// does not count. Of several parts the left matrix has as many columns in each, and all are multiplied with the same right.
 #[derive(Clone, Copy)]
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "elsewhere nothing multiplies pairs"))]
 #[repr(C)]
 pub(super) struct PairSteps {
     pub left: *const u16,

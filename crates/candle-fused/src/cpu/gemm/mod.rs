@@ -13,9 +13,11 @@
 //! Several products in one sum cost no pass over the result: they are further pieces of the common dimension. That is
 //! how LoRA's update rides on its frozen product.
 //!
+//! On AMX f32 rows are multiplied with a wide enough bf16 matrix in three parts ([`parts`]).
+//!
 //! The order of additions in an element depends on the common dimensions alone (and on whether there are at most
-//! [`dot::ROWS`] rows, which are multiplied without packing; on AMX also on whether its column is one of the last few, whose
-//! tile is summed up beside what is there): not on the block, nor on the threads.
+//! [`dot::ROWS`] rows, which are multiplied without packing; on AMX also on whether there are columns enough for parts, and whether
+//! its column is one of the last few, whose tile is summed up beside what is there): not on the block, nor on the threads.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) mod amx;
