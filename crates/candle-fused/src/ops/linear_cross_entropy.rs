@@ -26,8 +26,8 @@ const GPU_BLOCK: usize = 1 << 27;
 const MIN_ROWS: usize = 128;
 
 /// [`cross_entropy`](crate::cross_entropy) of the logits `x·Wᵀ`, for `x [..., d]` (f32, f16 or bf16), a frozen
-/// `weight [v, d]` of its dtype (or of 16 bits, as for [`frozen_linear`](crate::frozen_linear)) and as many `targets` (i64 or u32) as `x` has rows; an f32 scalar. Logits are rounded to
-/// `x`'s dtype, as a layer of their own would.
+/// `weight [v, d]` of its dtype (or of 16 bits beside f32, as for [`frozen_linear`](crate::frozen_linear)) and as many
+/// `targets` (i64 or u32) as `x` has rows; an f32 scalar. Logits are rounded to `x`'s dtype, as a layer of their own would.
 ///
 /// # Errors
 /// Other shapes, dtypes or devices; a target outside `0..v` that is not `ignore_index`: on a GPU, which would have to be

@@ -20,7 +20,7 @@ use crate::check;
 use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::cpu::low_rank_pairs::Update;
-use crate::graph::{self, Backward, Reads, tracked};
+use crate::graph::{self, Backward, Reads};
 use crate::ops::{low_rank_pairs, low_rank_products};
 use crate::philox::{halves, philox4x32};
 
@@ -137,7 +137,7 @@ pub(super) fn rows(x: &Tensor) -> Result<Tensor> {
 }
 
 /// The rows `y [n, out]` in the shape `[..., out]` of an `x [..., in]`.
-fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub(super) fn like_rows(y: &Tensor, x: &Tensor) -> Result<Tensor> {
     if x.rank() == 2 {
         return Ok(y.clone());
     }
@@ -188,45 +188,6 @@ impl Sum<'_> {
 /// `D(x)` in f32, on the processor.
 fn dropped(dropout: Dropout, x: &Tensor) -> Result<Tensor> {
     map_element([&x.to_dtype(DType::F32)?], &row::Drop(dropout))
-}
-
-/// `x·Wᵀ + bias`, recorded.
-pub(super) fn frozen(
-    op: &'static str,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Attempt<Tensor> {
-    let weight = weight.detach();
-    let y = backend::run(x.device(), &Base { left: &rows(&x.detach())?, right: &weight.t()?, bias })?;
-    Ok(graph::record1(x, like_rows(&y, x)?, FrozenBackward { op, weight })?)
-}
-
-struct FrozenBackward {
-    op: &'static str,
-    weight: Tensor,
-}
-
-impl Backward<1> for FrozenBackward {
-    fn op(&self) -> &'static str {
-        self.op
-    }
-
-    fn reads(&self, _: usize) -> Reads {
-        Reads::Never
-    }
-
-    fn reads_output(&self) -> bool {
-        false
-    }
-
-    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        let gradient = || {
-            let base = Base { left: &rows(grad)?, right: &self.weight, bias: None };
-            backend::run(x.device(), &base)?.reshape(x.shape())
-        };
-        Ok([tracked(x, gradient)?])
-    }
 }
 
 /// `left·right + bias` of matrices.

@@ -136,8 +136,8 @@ pub struct RandomWeights {
     blocks: u64,
     std: f64,
     dtype: DType,
-    /// What matrices are kept in beside f32.
-    narrow: Option<DType>,
+    /// That of matrices.
+    matrices: DType,
     /// What the configuration says that weights are stored in.
     stored: Option<DType>,
     device: Device,
@@ -148,14 +148,14 @@ impl RandomWeights {
     #[must_use]
     pub fn new(config: &ModelConfig, seed: u64, dtype: DType, device: &Device) -> Self {
         let (std, stored) = (config.initializer_range, config.dtype);
-        Self { seed, blocks: 0, std, dtype, narrow: None, stored, device: device.clone() }
+        Self { seed, blocks: 0, std, dtype, matrices: dtype, stored, device: device.clone() }
     }
 
     /// As [`Weights::narrow_matrices`], for weights that would be stored as the configuration says.
     #[must_use]
     pub fn narrow_matrices(self) -> Self {
-        let narrow = self.device.is_cpu() && self.dtype == DType::F32;
-        Self { narrow: self.stored.filter(|_| narrow), ..self }
+        let narrow = self.stored.filter(|_| self.device.is_cpu() && self.dtype == DType::F32);
+        Self { matrices: narrow.unwrap_or(self.matrices), ..self }
     }
 
     fn matrix(&mut self, shape: &[usize]) -> Result<Tensor> {
@@ -177,9 +177,10 @@ impl RandomWeights {
 
 impl ParameterSource for RandomWeights {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = if shape.len() == 2 {
-            return Ok(self.matrix(shape)?.to_dtype(self.narrow.unwrap_or(self.dtype))?);
-        } else if name.rsplit('.').next() == Some("bias") {
+        if shape.len() == 2 {
+            return Ok(self.matrix(shape)?.to_dtype(self.matrices)?);
+        }
+        let tensor = if name.rsplit('.').next() == Some("bias") {
             Tensor::zeros(shape, DType::F32, &self.device)?
         } else {
             Tensor::ones(shape, DType::F32, &self.device)?

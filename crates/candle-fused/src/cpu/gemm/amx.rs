@@ -129,7 +129,7 @@ unsafe fn configured(tile: &Tile, first: usize, steps: &[PairSteps], out: *mut f
 ///
 /// # Safety
 /// That of [`tile`].
-#[cold]
+#[inline(never)]
 unsafe fn last(tile: &Tile, steps: &PairSteps, sums: &Sums, accumulate: bool) {
     let (blocks, rest) = (steps.k / STEPS, steps.k % STEPS);
     let mut words = [0u32; SIDE * WORDS];

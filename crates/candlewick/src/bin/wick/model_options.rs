@@ -14,7 +14,7 @@ pub struct ModelOptions {
     /// A Hugging Face model folder [default: the small base that wick carries]
     #[arg(long, value_name = "FOLDER")]
     pub model: Option<PathBuf>,
-    /// Type of the weights and activations
+    /// Type of the weights and activations (frozen matrices stored in 16 bits stay so beside f32 on a CPU)
     #[arg(long, value_enum, default_value_t = Precision::Auto)]
     pub dtype: Precision,
     /// Where to compute
