@@ -128,6 +128,32 @@ fn attention_over_many_blocks() {
     }
 }
 
+/// Products that are large enough for a processor's matrix unit to take floats in parts, in both directions.
+#[test]
+fn large_products() {
+    for device in devices() {
+        for (dtype, lies) in DTYPES.into_iter().flat_map(|dtype| LAYOUTS.map(|lies| (dtype, lies))) {
+            let lying = |dims: &[usize]| arg(dims).lies(lies);
+            let lora = |rank: usize| {
+                let factors = [lying(&[rank, 300]), lying(&[270, rank])];
+                [lying(&[60, 300])]
+                    .into_iter()
+                    .chain(factors)
+                    .chain([lying(&[270, 300]).frozen(), lying(&[270]).frozen()])
+                    .collect::<Vec<_>>()
+            };
+            let dropout = Some(Dropout { p: 0.3, seed: 7 });
+            frozen_linear(vec![lying(&[60, 300]), lying(&[270, 300]).frozen()]).error_rule(dtype, &device);
+            frozen_linear(vec![lying(&[49, 1100]), lying(&[257, 1100]).frozen(), lying(&[257]).frozen()])
+                .error_rule(dtype, &device);
+            lora_linear(lora(4), None).error_rule(dtype, &device);
+            lora_linear(lora(40), dropout).error_rule(dtype, &device);
+            linear_cross_entropy(vec![lying(&[60, 300]), lying(&[333, 300]).frozen()], true)
+                .error_rule(dtype, &device);
+        }
+    }
+}
+
 /// A step of Adam, in the parameter's place, is the processor's.
 #[test]
 fn adam_on_every_device() {

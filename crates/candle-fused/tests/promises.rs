@@ -231,12 +231,12 @@ fn lora_learns_as_its_reference_at_every_rank() {
         }
     };
     for device in devices() {
-        let (weight, grad) = (tensor(&[200, 50], 4, &device), tensor(&[30, 200], 5, &device));
-        // A weight of 16 bits beside f32 is a way of its own on some processors.
+        let (weight, grad) = (tensor(&[260, 256], 4, &device), tensor(&[50, 260], 5, &device));
+        // A weight of 16 bits beside f32 is a way of its own on some processors, and so is one of f32, if both are large.
         let weights = [DType::F32, DType::BF16, DType::F16];
         for (rank, dtype) in [7, 32, 33, 40].into_iter().flat_map(|rank| weights.map(|dtype| (rank, dtype))) {
             let weight = weight.to_dtype(dtype).unwrap();
-            let vars = [(&[30, 50][..], 1), (&[rank, 50], 2), (&[200, rank], 3)]
+            let vars = [(&[50, 256][..], 1), (&[rank, 256], 2), (&[260, rank], 3)]
                 .map(|(dims, seed)| var(dims, seed, &device));
             for dropout in [None, Some(Dropout { p: 0.3, seed: 7 })] {
                 let options = LoraLinearOptions { scaling: 0.5, dropout };

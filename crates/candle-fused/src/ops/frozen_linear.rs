@@ -14,8 +14,8 @@ const OP: &str = "frozen_linear";
 /// without a gradient.
 ///
 /// A weight of 16 bits may stay so beside an f32 `x`: the result is that of the widened one, but for the order of additions. A
-/// CPU reads it as it is, and one with a matrix unit for bf16 (AMX) multiplies a bf16 one with the parts of `x` in about half
-/// of f32's time; a GPU widens it for every product.
+/// CPU reads it as it is; a GPU widens it for every product. A CPU with a matrix unit for bf16 (AMX) multiplies an f32 `x` in parts,
+/// with a bf16 weight in less time than with one of f32.
 ///
 /// # Errors
 /// A scalar, another dtype, a weight or bias of another shape, dtype or device.

@@ -5,7 +5,7 @@
 //! or the bias. `x·Aᵀ` is one product for all columns of the output, never once for each.
 //!
 //! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`. Large ones on a device whose
-//! products add to what is there are [`low_rank_products`]', those beside a bf16 base on a processor's matrix unit
+//! products add to what is there are [`low_rank_products`]', those beside a base on a processor's matrix unit
 //! [`low_rank_pairs`]'.
 
 use std::borrow::Cow;

@@ -1,6 +1,6 @@
-//! LoRA beside a frozen bf16 weight on a processor's matrix unit, in pairs of bf16 (`cpu/low_rank_pairs.rs`): the update is added
-//! up with its base. Dropout's input, which is f32, and a product without a base go the way of other processors; so do f32 rows, but
-//! for their update.
+//! LoRA beside a base that a processor's matrix unit multiplies, in pairs of bf16 (`cpu/low_rank_pairs.rs`): the update is added
+//! up with its base. Dropout's input, which is f32, and a product without a base go the way of other processors; so do f32 and f16
+//! rows, but for their update.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candlewick_kernels::lora::LoraGradients;
@@ -16,7 +16,7 @@ fn weight<'a>(call: &'a LowRank, x: &Tensor, b: &Tensor) -> Option<&'a Tensor> {
     call.weight.as_ref().filter(|_| call.dropout.is_none() && !is_empty(x, b))
 }
 
-/// What makes the update of an f32 result beside this base from a factor `[r, out]`, where both are a sum of pairs.
+/// What makes the update of a result beside this base of f32 rows from a factor `[r, out]`, where both are a sum of pairs.
 pub(super) fn beside(base: Option<&Product>, factor: Matrix) -> Option<Expansion> {
     /// Six parts of each are more for the matrix unit than they are worth beyond.
     const RANKS: usize = 32;

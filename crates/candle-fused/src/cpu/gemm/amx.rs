@@ -152,10 +152,46 @@ unsafe fn last(tile: &Tile, steps: &PairSteps, sums: &Sums, accumulate: bool) {
             };
         }
         let (left, right) = (rows.as_ptr(), words.as_ptr());
-        let steps = PairSteps { left, row_stride: STEPS, parts: 1, part_stride: 0, right, k: STEPS };
+        let steps =
+            PairSteps { left, row_stride: STEPS, parts: 1, part_stride: 0, split: 0, right, k: STEPS };
         // SAFETY: one block of steps in both buffers, and the sums as above.
         unsafe { sums.add(&[steps], accumulate || part > 0) };
     }
+}
+
+/// Loads the right matrix's steps, so many bytes on.
+macro_rules! next_right {
+    ($at:literal) => {
+        concat!(
+            "tileloadd tmm6, [{right} + {right_stride} * 1 + ",
+            $at,
+            "]\ntileloadd tmm7, [{right} + {right_stride} * 1 + 64 + ",
+            $at,
+            "]"
+        )
+    };
+}
+
+/// Loads the left matrix's steps, and adds their products with the right one's.
+macro_rules! with_next_left {
+    () => {
+        "tileloadd tmm4, [{first} + {left_stride} * 1]
+         tdpbf16ps tmm0, tmm4, tmm6
+         tileloadd tmm5, [{second} + {left_stride} * 1]
+         tdpbf16ps tmm1, tmm4, tmm7
+         tdpbf16ps tmm2, tmm5, tmm6
+         tdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
+/// Adds the products of what is loaded.
+macro_rules! with_same_left {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6
+         tdpbf16ps tmm1, tmm4, tmm7
+         tdpbf16ps tmm2, tmm5, tmm6
+         tdpbf16ps tmm3, tmm5, tmm7"
+    };
 }
 
 /// A tile's sums in memory, by halves.
@@ -183,16 +219,11 @@ impl Sums {
                 "mov {first}, [{sums} + {upper}]",
                 "mov {second}, [{sums} + {lower}]",
                 "mov {left_stride}, [{sums} + {stride}]",
-                "tileloadd tmm0, [{first} + {left_stride} * 1]",
-                "tileloadd tmm1, [{first} + {left_stride} * 1 + 64]",
-                "tileloadd tmm2, [{second} + {left_stride} * 1]",
-                "tileloadd tmm3, [{second} + {left_stride} * 1 + 64]",
+                "tileloadd tmm0, [{first} + {left_stride} * 1]; tileloadd tmm1, [{first} + {left_stride} * 1 + 64]",
+                "tileloadd tmm2, [{second} + {left_stride} * 1]; tileloadd tmm3, [{second} + {left_stride} * 1 + 64]",
                 "jmp 3f",
                 "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
+                "tilezero tmm0; tilezero tmm1; tilezero tmm2; tilezero tmm3",
                 // The next product's.
                 "3:",
                 "mov {blocks}, [{steps} + {k}]",
@@ -202,46 +233,59 @@ impl Sums {
                 "mov {left_stride}, [{steps} + {row_stride}]",
                 "add {left_stride}, {left_stride}",
                 "mov {right}, [{steps} + {panel}]",
-                "mov {second}, {left_stride}",
-                "imul {second}, [{sums} + {rows}]",
+                "mov {second}, {left_stride}; imul {second}, [{sums} + {rows}]",
                 "add {second}, {first}",
+                "cmp qword ptr [{steps} + {split}], 0",
+                "jne 7f",
                 // From after the last part's steps to the first one's next.
                 "mov {back}, [{steps} + {part_stride}]",
                 "imul {back}, [{steps} + {parts}]",
                 "lea {back}, [{back} * 2 - 64]",
                 "4:",
-                "tileloadd tmm6, [{right} + {right_stride} * 1]",
-                "tileloadd tmm7, [{right} + {right_stride} * 1 + 64]",
+                next_right!("0"),
                 "mov {part}, [{steps} + {parts}]",
                 "6:",
-                "tileloadd tmm4, [{first} + {left_stride} * 1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{second} + {left_stride} * 1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {first}, [{steps} + {part_stride}]",
-                "add {first}, [{steps} + {part_stride}]",
-                "add {second}, [{steps} + {part_stride}]",
-                "add {second}, [{steps} + {part_stride}]",
-                "dec {part}",
-                "jnz 6b",
-                "sub {first}, {back}",
-                "sub {second}, {back}",
+                with_next_left!(),
+                "add {first}, [{steps} + {part_stride}]; add {first}, [{steps} + {part_stride}]",
+                "add {second}, [{steps} + {part_stride}]; add {second}, [{steps} + {part_stride}]",
+                "dec {part}; jnz 6b",
+                "sub {first}, {back}; sub {second}, {back}",
                 "add {right}, 2048",
                 "dec {blocks}",
                 "jnz 4b",
+                "jmp 5f",
+                // Both in parts: the left's third, second and first with the right's first, that with the right's third and
+                // second, and the left's second with this. Then to the next steps.
+                "7:",
+                "mov {part}, [{steps} + {part_stride}]",
+                "add {part}, {part}",
+                "lea {first}, [{first} + {part} * 2]; lea {second}, [{second} + {part} * 2]",
+                "lea {back}, [{part} + 64]",
+                "8:",
+                next_right!("0"),
+                with_next_left!(),
+                "sub {first}, {part}; sub {second}, {part}",
+                with_next_left!(),
+                "sub {first}, {part}; sub {second}, {part}",
+                with_next_left!(),
+                next_right!("4096"),
+                with_same_left!(),
+                next_right!("2048"),
+                with_same_left!(),
+                "add {first}, {part}; add {second}, {part}",
+                with_next_left!(),
+                "add {first}, {back}; add {second}, {back}",
+                "add {right}, 3 * 2048",
+                "dec {blocks}",
+                "jnz 8b",
                 "5:",
                 "add {steps}, {size}",
-                "dec {count}",
-                "jnz 3b",
+                "dec {count}; jnz 3b",
                 "mov {first}, [{sums} + {upper}]",
                 "mov {second}, [{sums} + {lower}]",
                 "mov {left_stride}, [{sums} + {stride}]",
-                "tilestored [{first} + {left_stride} * 1], tmm0",
-                "tilestored [{first} + {left_stride} * 1 + 64], tmm1",
-                "tilestored [{second} + {left_stride} * 1], tmm2",
-                "tilestored [{second} + {left_stride} * 1 + 64], tmm3",
+                "tilestored [{first} + {left_stride} * 1], tmm0; tilestored [{first} + {left_stride} * 1 + 64], tmm1",
+                "tilestored [{second} + {left_stride} * 1], tmm2; tilestored [{second} + {left_stride} * 1 + 64], tmm3",
                 accumulate = inout(reg) usize::from(accumulate) => _,
                 sums = in(reg) self,
                 upper = const offset_of!(Self, upper),
@@ -254,6 +298,7 @@ impl Sums {
                 row_stride = const offset_of!(PairSteps, row_stride),
                 parts = const offset_of!(PairSteps, parts),
                 part_stride = const offset_of!(PairSteps, part_stride),
+                split = const offset_of!(PairSteps, split),
                 panel = const offset_of!(PairSteps, right),
                 k = const offset_of!(PairSteps, k),
                 count = inout(reg) steps.len() => _,

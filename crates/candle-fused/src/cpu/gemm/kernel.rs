@@ -40,7 +40,8 @@ pub(super) type TileFn = unsafe fn(tile: &Tile, left: *const f32, right: *const 
 
 /// Steps of a bf16 tile: the left matrix at the tile's first row and the first step, its columns side by side, and the
 /// packed right one, which holds for each two steps the columns' pairs side by side; what an odd last step is paired with
-/// does not count. Of several parts the left matrix has as many columns in each, and all are multiplied with the same right.
+/// does not count. Of several parts the left matrix has as many columns in each, and all are multiplied with the same right,
+/// or, if that is [`split`](Self::split), with as many of its own as are not too small to tell.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct PairSteps {
@@ -51,6 +52,8 @@ pub(super) struct PairSteps {
     pub parts: usize,
     /// Between these, in elements.
     pub part_stride: usize,
+    /// 1 if the right matrix is in parts, each [`parts::LINE`](super::parts::LINE) steps of one after those of another, else 0.
+    pub split: usize,
     pub right: *const u32,
     /// How many steps.
     pub k: usize,
@@ -68,7 +71,7 @@ pub(super) struct Pairs {
     pub rows: usize,
     /// As [`Kernel::halves`].
     pub halves: bool,
-    /// Whether several products of pairs are faster than one in f32.
+    /// Whether several products of pairs are faster than one in f32; the tile of others takes no parts.
     pub fast: bool,
     /// Steps of the common dimension in one piece.
     pub steps: usize,
@@ -322,13 +325,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn pair_rows<const R: usize, const V: usize>(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
         let mut sums = [[_mm512_setzero_ps(); V]; R];
-        let parts = |steps: &PairSteps| {
-            let steps = *steps;
-            let part =
-                move |part| PairSteps { left: steps.left.wrapping_add(part * steps.part_stride), ..steps };
-            (0..steps.parts).map(part)
-        };
-        for PairSteps { mut left, row_stride, mut right, k, .. } in steps.iter().flat_map(parts) {
+        for &PairSteps { mut left, row_stride, mut right, k, .. } in steps {
             // SAFETY: as many pairs as both matrices have, and a last step alone where `k` is odd, of which one element of
             // each row is read.
             unsafe {

@@ -135,27 +135,35 @@ fn parts_for(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> Option<Part
 }
 
 fn serve_parts(pairs: Option<Pairs>, left: &Matrix, right: &Matrix) -> bool {
-    /// The fewest columns for which the splitting pays.
-    const COLUMNS: usize = 192;
+    /// The fewest rows, steps and columns for which the splitting pays, of the left matrix and of both.
+    const LEFT: [usize; 3] = [dot::ROWS + 1, 1, 192];
+    const BOTH: [usize; 3] = [48, 192, 256];
+    let [rows, steps, columns] = if is_split(right) { BOTH } else { LEFT };
     pairs.is_some_and(|pairs| pairs.fast)
-        && matches!((left.data, right.data), (Data::F32(_), Data::BF16(_)))
+        && matches!(left.data, Data::F32(_))
         && left.in_rows().is_some()
-        && left.rows > dot::ROWS
-        && right.columns >= COLUMNS
-        && right.rows > 0
+        && left.rows >= rows
+        && right.columns >= columns
+        && right.rows >= steps
 }
 
-/// Whether this product of f32 and bf16 is one of pairs, in parts.
+/// Whether a right matrix beside parts is in parts, too.
+fn is_split(right: &Matrix) -> bool {
+    !matches!(right.data, Data::BF16(_))
+}
+
+/// Whether this product of f32 is one of pairs, in parts.
 pub(crate) fn takes_parts(Product { left, right }: &Product) -> bool {
     serve_parts(Kernel::of(dispatch::isa()).pairs, left, right)
 }
 
 /// A product as the kernels compute it: each part of the left matrix, as many columns of it after the others, with the same
-/// right one.
+/// right one, or that one's parts.
 pub(super) struct Term<'a> {
     pub(super) left: Matrix<'a>,
     pub(super) parts: usize,
     pub(super) right: Matrix<'a>,
+    pub(super) split: bool,
 }
 
 /// The products with these left matrices.
@@ -166,7 +174,7 @@ pub(super) fn terms<'a>(products: &[Product<'a>], lefts: &'a [Read<'a>]) -> Vec<
             Read::Wide(left) => (left.wide(), 1),
             Read::Parts(parts) => parts.matrix().map_or((*left, 1), |matrix| (matrix, PARTS)),
         };
-        Term { left, parts, right: *right }
+        Term { left, parts, right: *right, split: parts > 1 && is_split(right) }
     };
     products.iter().zip(lefts).map(term).collect()
 }

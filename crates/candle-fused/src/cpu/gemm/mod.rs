@@ -13,11 +13,13 @@
 //! Several products in one sum cost no pass over the result: they are further pieces of the common dimension. That is
 //! how LoRA's update rides on its frozen product.
 //!
-//! On AMX f32 rows are multiplied with a wide enough bf16 matrix in three parts ([`parts`]).
+//! On AMX f32 rows are multiplied in three bf16 parts where the matrices are large enough, and a right matrix that is not bf16 is
+//! packed in parts, too ([`parts`]).
 //!
 //! The order of additions in an element depends on the common dimensions alone (and on whether there are at most
-//! [`dot::ROWS`] rows, which are multiplied without packing; on AMX also on whether there are columns enough for parts, and whether
-//! its column is one of the last few, whose tile is summed up beside what is there): not on the block, nor on the threads.
+//! [`dot::ROWS`] rows, which are multiplied without packing; on AMX also on whether there are rows and columns enough for parts,
+//! and whether its column is one of the last few, whose tile is summed up beside what is there): not on the block, nor on the
+//! threads.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) mod amx;
@@ -47,14 +49,15 @@ pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts, takes_p
 use left::{Term, lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 pub(crate) use right::{Right, whole};
-use tiles::{Block, ROWS, Steps};
+use tiles::{Block, ROWS, Steps, WHOLE_STEPS};
 
 /// Steps of the common dimension in one piece.
 const STEPS: usize = 256;
 /// Steps of pairs that are added up with those of the product before.
 const FEW_STEPS: usize = 256;
-/// Columns in one task's block, unless there are too few for all threads.
+/// Columns in one task's block, unless there are too few for all threads; and where their packed parts are three.
 const COLUMNS: usize = 256;
+const SPLIT_COLUMNS: usize = 128;
 /// Rows of a 16-bit result that are summed up in f32 at a time: whole tiles of every kind.
 const ROUNDED_ROWS: usize = 5 * ROWS;
 /// Words of packed pieces that are kept for a task's next rows.
@@ -201,7 +204,8 @@ fn write<T: Element>(
     let work = m * n * terms.iter().map(|term| term.right.rows).sum::<usize>();
     let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
     let out = Shared(to.as_mut_ptr().cast::<T>());
-    let tasks = tasks(kernel, [m, n], threads);
+    let most = if terms.iter().any(|term| term.split) { SPLIT_COLUMNS } else { COLUMNS };
+    let tasks = tasks(kernel, [m, n], most, threads);
     let run = |scratch: &mut Scratch, (rows, columns): (Range<usize>, Range<usize>)| {
         // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
         unsafe { sum.task(rows, columns, &out, scratch) };
@@ -264,11 +268,16 @@ impl Kept for Scratch {
     }
 }
 
-/// The blocks of the result.
-fn tasks(kernel: Kernel, [m, n]: [usize; 2], threads: usize) -> Vec<(Range<usize>, Range<usize>)> {
+/// The blocks of the result, of at most so many columns.
+fn tasks(
+    kernel: Kernel,
+    [m, n]: [usize; 2],
+    most: usize,
+    threads: usize,
+) -> Vec<(Range<usize>, Range<usize>)> {
     let panels = n.div_ceil(kernel.columns);
     let wanted = if threads == 1 { 1 } else { 2 * threads };
-    let mut across = panels.div_ceil((COLUMNS / kernel.columns).max(1));
+    let mut across = panels.div_ceil((most / kernel.columns).max(1));
     if across < wanted {
         across = wanted.min(panels);
     } else {
@@ -416,11 +425,11 @@ impl Sum<'_> {
         let kernel = self.kernel;
         let padded = columns.next_multiple_of(kernel.columns);
         let mut pieces: Vec<Piece> = Vec::new();
-        for &Term { ref left, parts, ref right } in self.terms {
-            let pairs = kernel.pairs.filter(|_| takes_pairs(kernel.pairs, left, right));
+        for &Term { ref left, parts, ref right, split } in self.terms {
+            let pairs = kernel.pairs.filter(|_| split || takes_pairs(kernel.pairs, left, right));
             for range in cut(pairs, right.rows) {
-                let words = tiles::words(pairs, range.len());
-                let steps = Steps { kernel, left, parts, pairs, range, words };
+                let words = tiles::words(pairs, split, range.len());
+                let steps = Steps { kernel, left, parts, split, pairs, range, words };
                 let size = words * padded;
                 match pieces.last_mut() {
                     Some(last) if last.takes(&steps) => {
@@ -458,11 +467,15 @@ impl Piece<'_> {
     fn pack(&self, isa: Isa, columns: Range<usize>, to: &mut [f32]) {
         let Block { steps, then, padded } = &self.block;
         let mut to = to;
-        for (Steps { kernel, pairs, range, words, .. }, right) in
+        for (Steps { kernel, split, pairs, range, words, .. }, right) in
             [steps].into_iter().chain(then).zip(&self.rights)
         {
             let (panels, rest) = to.split_at_mut(words * padded);
-            let pack = if pairs.is_some() { pack::pack_pairs } else { pack::pack };
+            let pack = match pairs {
+                None => pack::pack,
+                Some(_) if *split => pack::pack_parts,
+                Some(_) => pack::pack_pairs,
+            };
             pack(isa, right, range.clone(), columns.clone(), kernel.columns, panels);
             to = rest;
         }
@@ -472,8 +485,7 @@ impl Piece<'_> {
 /// A common dimension of `k` steps in pieces.
 fn cut(pairs: Option<Pairs>, k: usize) -> impl Iterator<Item = Range<usize>> {
     let count = k.div_ceil(pairs.map_or(STEPS, |pairs| pairs.steps));
-    // Of even length, so that pairs stay together.
-    let at = move |i: usize| (i * k.div_ceil(2) / count * 2).min(k);
+    let at = move |i: usize| (i * k.div_ceil(WHOLE_STEPS) / count * WHOLE_STEPS).min(k);
     (0..count).map(move |i| at(i)..at(i + 1))
 }
 

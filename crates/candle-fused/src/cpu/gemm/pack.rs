@@ -8,11 +8,35 @@ use half::bf16;
 use super::super::dispatch::{self, Isa, Vectorised};
 use super::super::lanes::{LANES, Lanes, as_room};
 use super::matrix::{Data, Matrix};
+use super::parts::{self, LINE, SplitPairs};
 
-/// Steps that are widened at a time where columns have to become rows.
+/// Steps that are turned at a time where columns have to become rows.
 const STEPS: usize = 128;
+/// Steps that are taken of one panel after the other where they lie in rows.
+const STEPS_IN_ROWS: usize = LINE;
 /// The greatest width of a panel.
 pub(super) const MAX_WIDTH: usize = 32;
+
+/// The panels of some columns, by number, with their columns and steps, of which there are at most so many `at_once`, in an order
+/// that reads memory along its rows: all panels of some steps, or all steps of a panel.
+fn blocks(
+    right: &Matrix,
+    steps: &Range<usize>,
+    columns: &Range<usize>,
+    width: usize,
+    at_once: usize,
+) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> {
+    let by_steps = right.column_stride == 1;
+    let (steps, columns) = (steps.clone(), columns.clone());
+    let at_once = if by_steps { STEPS_IN_ROWS } else { at_once };
+    let (panels, parts) = (columns.len().div_ceil(width), steps.len().div_ceil(at_once));
+    (0..panels * parts).map(move |i| {
+        let (panel, part) = if by_steps { (i % panels, i / panels) } else { (i / parts, i % parts) };
+        let (first, start) = (columns.start + panel * width, steps.start + part * at_once);
+        let columns = first..columns.end.min(first + width);
+        (panel, columns, start..steps.end.min(start.saturating_add(at_once)))
+    })
+}
 
 /// Packs `steps` × `columns` of a matrix into panels of `width` columns, for each step side by side, filled up with zero.
 /// `to` has `steps · panels · width` elements.
@@ -24,9 +48,10 @@ pub(super) fn pack(
     width: usize,
     to: &mut [f32],
 ) {
-    let panels = to.chunks_exact_mut(steps.len() * width);
-    for (first, panel) in columns.clone().step_by(width).zip(panels) {
-        let count = width.min(columns.end - first);
+    let all = steps;
+    for (panel, columns, steps) in blocks(right, &all, &columns, width, usize::MAX) {
+        let (first, count) = (columns.start, columns.len());
+        let panel = &mut to[(panel * all.len() + steps.start - all.start) * width..][..steps.len() * width];
         match right.data {
             _ if right.column_stride == 1 && count == width => {
                 let start = right.index(steps.start, first);
@@ -128,11 +153,13 @@ pub(super) fn pack_pairs(
         Data::F32(data) => return pack_rounded(isa, right, data, steps, columns, width, to),
         Data::F16(_) => return,
     };
+    let all = steps;
     let bits =
-        |k: usize, j: usize| if k < steps.end { u32::from(data[right.index(k, j)].to_bits()) } else { 0 };
-    let panels = to.chunks_exact_mut(steps.len().div_ceil(2) * width);
-    for (first, panel) in columns.clone().step_by(width).zip(panels) {
-        let count = width.min(columns.end - first);
+        |k: usize, j: usize| if k < all.end { u32::from(data[right.index(k, j)].to_bits()) } else { 0 };
+    for (panel, columns, steps) in blocks(right, &all, &columns, width, usize::MAX) {
+        let (first, count) = (columns.start, columns.len());
+        let panel = &mut to[(panel * all.len().div_ceil(2) + (steps.start - all.start) / 2) * width..]
+            [..steps.len().div_ceil(2) * width];
         let mut done = 0;
         if right.row_stride == 1 && cfg!(target_endian = "little") {
             // Two steps of a column are the 32 bits already.
@@ -151,6 +178,39 @@ pub(super) fn pack_pairs(
             }
         }
         fill_up(panel, width, count);
+    }
+}
+
+/// Packs the parts of a matrix of any type, as [`SplitPairs`] has them, the last steps filled up with zeros.
+pub(super) fn pack_parts(
+    isa: Isa,
+    right: &Matrix,
+    steps: Range<usize>,
+    columns: Range<usize>,
+    width: usize,
+    to: &mut [f32],
+) {
+    let mut block = [0f32; MAX_WIDTH * STEPS];
+    let (all, words) = (steps, parts::words(width));
+    for (panel, columns, steps) in blocks(right, &all, &columns, width, STEPS) {
+        let lines = steps.len().div_ceil(LINE);
+        let first = panel * all.len().div_ceil(LINE) + (steps.start - all.start) / LINE;
+        let to = &mut to[first * words..][..lines * words];
+        let split = match right.data {
+            Data::F32(data)
+                if right.column_stride == 1 && columns.len() == width && steps.len() == STEPS_IN_ROWS =>
+            {
+                let from = &data[right.index(steps.start, columns.start)..];
+                SplitPairs { from, stride: right.row_stride, width, to }
+            }
+            _ => {
+                let (packed, rest) = block[..lines * LINE * width].split_at_mut(steps.len() * width);
+                pack(isa, right, steps, columns, width, packed);
+                rest.fill(0.0);
+                SplitPairs { from: &block, stride: width, width, to }
+            }
+        };
+        dispatch::vectorise(isa, split);
     }
 }
 
@@ -313,12 +373,21 @@ unsafe fn turn_row(from: *const u8, steps: Range<usize>, width: usize, to: *mut 
 #[target_feature(enable = "avx2")]
 unsafe fn turn_avx2(from: *const u8, stride: usize, [rows, steps]: [usize; 2], width: usize, to: *mut f32) {
     use std::arch::x86_64::{
-        _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
-        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+        _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps,
+        _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
     };
     let whole = steps - steps % 8;
-    for j in (0..rows - rows % 8).step_by(8) {
-        for k in (0..whole).step_by(8) {
+    // What of the panel is written stays in the first-level cache for all rows.
+    let blocks = (0..whole).step_by(STEPS).map(|first| first..whole.min(first + STEPS));
+    for (some, j) in blocks.flat_map(|some| (0..rows - rows % 8).step_by(8).map(move |j| (some.clone(), j))) {
+        for k in some.step_by(8) {
+            if k % 16 == 0 {
+                for i in 8..16 {
+                    // The next rows' lines, wherever they are: the processor sees none coming beyond the row it is in.
+                    let next = from.wrapping_add((j + i) * stride + 4 * k);
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                }
+            }
             let mut x = [_mm256_setzero_ps(); 8];
             for (i, x) in x.iter_mut().enumerate() {
                 // SAFETY: eight words of row `j + i` from step `k`.

@@ -46,7 +46,7 @@ impl Right {
         (self.rows, self.columns) = (right.rows, right.columns);
         let padded = whole(right.columns);
         let with_size = |range: Range<usize>| {
-            let size = tiles::words(self.pairs, range.len()) * padded;
+            let size = tiles::words(self.pairs, false, range.len()) * padded;
             (range, size)
         };
         self.pieces.clear();
@@ -95,7 +95,8 @@ impl Right {
         for (range, size) in self.pieces.iter().take_while(|(range, _)| range.start < left.columns) {
             let (here, rest) = panels.split_at(*size);
             let range = range.start..range.end.min(left.columns);
-            let steps = Steps { kernel, left, parts: 1, pairs: self.pairs, range, words: size / padded };
+            let (pairs, words) = (self.pairs, size / padded);
+            let steps = Steps { kernel, left, parts: 1, split: false, pairs, range, words };
             let block = Block { steps, then: None, padded };
             // SAFETY: the result is initialised, as large as is said, and nobody else's.
             unsafe { block.add(here, 0..left.rows, columns, to.as_mut_ptr(), stride, begun) };

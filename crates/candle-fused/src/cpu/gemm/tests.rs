@@ -143,6 +143,25 @@ fn many_tasks_cover_a_large_result() {
     }
 }
 
+/// Large enough for parts of both matrices, with what a sum begins with, a second product and every dtype of the right one.
+#[test]
+fn sums_of_large_products_are_exact() {
+    let (m, k, n) = (601, 230, 530);
+    let (left, right) = (Stored::new([m, k], Lies::Rows, 1), Stored::new([k, n], Lies::Columns, 2));
+    let (more_left, more_right) =
+        (Stored::new([m, 200], Lies::Rows, 3), Stored::new([200, n], Lies::Rows, 4));
+    let row: Vec<f32> = (0..n).map(value).collect();
+    let terms = [(&left, &right), (&more_left, &more_right)];
+    let sum = exact(|_, j| f64::from(value(j)), &terms, [m, n]);
+    for (isa, at) in instruction_sets().into_iter().flat_map(|isa| (0..3).map(move |at| (isa, at))) {
+        let products =
+            terms.map(|(left, right)| Product { left: left.matrices()[0], right: right.matrices()[at] });
+        let what = format!("{at}");
+        check(isa, &what, [m, n], Start::Row(&row), &products, &sum, |x| x as f32);
+        check(isa, &what, [m, n], Start::Row(&row), &products, &sum, |x| bf16::from_f32(x as f32));
+    }
+}
+
 #[test]
 fn products_are_added_to_what_is_there() {
     let (left, right) = (Stored::new([7, 300], Lies::Columns, 1), Stored::new([300, 19], Lies::Rows, 2));
@@ -269,8 +288,18 @@ fn a_matrix_ends_within_its_data() {
 #[test]
 fn the_loops_stay_within_their_matrices() {
     use crate::cpu::guarded::Guarded;
-    let sizes =
-        [(1, 1, 1), (2, 3, 5), (5, 7, 9), (6, 8, 16), (7, 9, 17), (13, 257, 33), (12, 33, 32), (25, 64, 48)];
+    // The last for parts of both matrices.
+    let sizes = [
+        (1, 1, 1),
+        (2, 3, 5),
+        (5, 7, 9),
+        (6, 8, 16),
+        (7, 9, 17),
+        (13, 257, 33),
+        (12, 33, 32),
+        (25, 64, 48),
+        (49, 193, 257),
+    ];
     let lying = [Lies::Rows, Lies::Columns, Lies::Apart];
     for isa in instruction_sets() {
         for (case, &(m, k, n)) in sizes.iter().enumerate() {
@@ -377,6 +406,72 @@ fn f32_times_bf16_loses_no_bits() {
                         "{isa:?} {m} {k} {n} {stride} {i} {j}: {error:e} of {size:e}"
                     );
                 }
+            }
+        }
+    }
+}
+
+/// Parts of what is no number reach the whole row, and no other.
+#[test]
+fn what_is_not_finite_stays_so() {
+    let [m, k, n] = [50, 200, 270];
+    for lies in [Lies::Rows, Lies::Columns] {
+        let (mut left, right) = (Stored::new([m, k], Lies::Rows, 1), Stored::new([k, n], lies, 2));
+        for (i, x) in [(3, f32::NAN), (4, f32::INFINITY), (5, f32::from_bits(0x7F80_0001))] {
+            left.f32[MARGIN + i * left.strides[0] + 7] = x;
+        }
+        let product = Product { left: left.matrices()[0], right: right.matrices()[0] };
+        for isa in instruction_sets() {
+            let got: Vec<f32> = sum_with(isa, [m, n], Start::Zero, &[product]);
+            for (at, got) in got.into_iter().enumerate() {
+                // A number times infinity, but for those that are 0.
+                let spoilt = (3..6).contains(&(at / n));
+                assert_eq!(got.is_finite(), !spoilt, "{isa:?} {lies:?} {at}: {got}");
+            }
+        }
+    }
+}
+
+/// Rows of one number each, so that sums hide nothing: products of floats in every layout, as exact as six roundings to f32,
+/// whether they are made of parts or not. A part's product that is left out, or two that change places, is more.
+#[test]
+fn f32_times_f32_is_as_exact_as_f32() {
+    let number = |i: usize| {
+        let fraction = ((i * 2_654_435_761) >> 5) % 8_388_593;
+        // From 2^-50 to 2^50, and some beyond 2^110.
+        let exponent = if i.is_multiple_of(31) { 235 + i % 16 } else { 77 + i * 7 % 101 };
+        f32::from_bits((fraction | exponent << 23) as u32) * if i.is_multiple_of(3) { -1.0 } else { 1.0 }
+    };
+    let shapes =
+        [[48, 192, 256], [49, 193, 257], [70, 1100, 300], [45, 161, 300], [5, 150, 200], [131, 2049, 416]];
+    for ([m, k, n], lies) in shapes
+        .into_iter()
+        .flat_map(|shape| [Lies::Rows, Lies::Columns, Lies::Apart].map(|lies| (shape, lies)))
+    {
+        // The last steps, which zeros fill up, too.
+        let at = |i: usize| if i < 3 { k - 1 - i } else { i * 37 % k };
+        let mut left = Stored::new([m, k], Lies::Rows, 1);
+        let mut right = Stored::new([k, n], lies, 2);
+        for i in 0..m {
+            let row = &mut left.f32[MARGIN + i * left.strides[0]..][..k];
+            row.fill(0.0);
+            row[at(i)] = number(i);
+        }
+        for (l, j) in (0..k).flat_map(|l| (0..n).map(move |j| (l, j))) {
+            right.f32[MARGIN + l * right.strides[0] + j * right.strides[1]] = number(l * n + j);
+        }
+        let product = Product { left: left.matrices()[0], right: right.matrices()[0] };
+        for isa in instruction_sets() {
+            let got: Vec<f32> = sum_with(isa, [m, n], Start::Zero, &[product]);
+            for (index, got) in got.into_iter().enumerate() {
+                let (i, j) = (index / n, index % n);
+                let exact = left.at(i, at(i)) * right.at(at(i), j);
+                let error = (f64::from(got) - exact).abs();
+                let bound = exact.abs() * 6.0 * 2f64.powi(-24);
+                assert!(
+                    error <= bound || exact.abs() > 3e38,
+                    "{isa:?} {m} {k} {n} {lies:?} {i} {j}: {got:e}, not {exact:e}"
+                );
             }
         }
     }

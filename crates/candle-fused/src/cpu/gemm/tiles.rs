@@ -7,13 +7,13 @@ use std::ops::Range;
 
 use super::kernel::{self, Kernel, PairSteps, Pairs, Tile};
 use super::matrix::{Data, Matrix};
-use super::pack;
+use super::{pack, parts};
 
 /// Rows of the left matrix that are taken with one panel after the other, to stay in the second-level cache.
 pub(super) const ROWS: usize = 96;
 
-/// What the steps of a chunk are a multiple of: those of a register of the matrix unit.
-const WHOLE_STEPS: usize = 32;
+/// What the steps of a piece and of a chunk are a multiple of, where more follow: those of a register of the matrix unit.
+pub(super) const WHOLE_STEPS: usize = 32;
 
 /// Some steps of a product whose right matrix is packed.
 pub(super) struct Steps<'a> {
@@ -21,6 +21,8 @@ pub(super) struct Steps<'a> {
     pub(super) left: &'a Matrix<'a>,
     /// The left matrix's columns are those of so many parts, each of which is multiplied with the same steps.
     pub(super) parts: usize,
+    /// Whether the right matrix is in parts, too.
+    pub(super) split: bool,
     /// The tile for them, where they are packed in pairs.
     pub(super) pairs: Option<Pairs>,
     pub(super) range: Range<usize>,
@@ -28,9 +30,13 @@ pub(super) struct Steps<'a> {
     pub(super) words: usize,
 }
 
-/// Words of packed steps: as many, or half of them in pairs.
-pub(super) fn words(pairs: Option<Pairs>, steps: usize) -> usize {
-    if pairs.is_some() { steps.div_ceil(2) } else { steps }
+/// Words of a column's packed steps: as many, or half of them in pairs, or the parts of whole lines.
+pub(super) fn words(pairs: Option<Pairs>, split: bool, steps: usize) -> usize {
+    match pairs {
+        None => steps,
+        Some(_) if split => steps.div_ceil(parts::LINE) * parts::words(1),
+        Some(_) => steps.div_ceil(2),
+    }
 }
 
 /// Steps of one product, or of pairs of two, which are added up together.
@@ -159,8 +165,11 @@ impl Block<'_> {
                     row_stride: steps.left.row_stride,
                     parts: steps.parts,
                     part_stride: steps.left.columns / steps.parts,
+                    split: steps.split.into(),
+                    // Parts are taken in one chunk, from the panel's beginning.
                     right: panels.as_ptr().add(panel + some.start / 2 * steps.kernel.columns).cast(),
-                    k: some.len(),
+                    // Parts end with zeros on either side.
+                    k: if steps.split { some.len().next_multiple_of(parts::LINE) } else { some.len() },
                 })
             };
             let then = then.as_ref().filter(|_| some.end == steps.range.len());

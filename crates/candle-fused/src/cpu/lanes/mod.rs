@@ -83,6 +83,14 @@ pub(crate) trait Lanes:
         }
     }
 
+    /// [`Self::upper_halves`] in each word of 32 bits, that of `low` in the low half, and that of `high` in the other.
+    #[inline(always)]
+    fn store_upper_pairs(low: Self, high: Self, to: &mut Room<f32>) {
+        for (to, (low, high)) in to.iter_mut().zip(low.to_array().into_iter().zip(high.to_array())) {
+            to.write(f32::from_bits(low.to_bits() >> 16 | high.to_bits() & 0xFFFF_0000));
+        }
+    }
+
     /// [`Self::store`] past the cache, to an address that is a multiple of 16. [`Self::fence`] orders it.
     ///
     /// # Safety

@@ -117,10 +117,19 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn store_bf16_pairs(low: Self, high: Self, to: &mut Room<f32>) {
+        let [low, high] = [low, high].map(
+            #[inline(always)]
+            |x| Self(x86!(_mm512_castsi512_ps(x.round_bf16()))),
+        );
+        Self::store_upper_pairs(low, high, to);
+    }
+
+    #[inline(always)]
+    fn store_upper_pairs(low: Self, high: Self, to: &mut Room<f32>) {
         x86!({
-            let low = _mm512_srli_epi32::<16>(low.round_bf16());
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(low.0));
             // The upper half of the other word.
-            let pairs = _mm512_mask_blend_epi16(0xAAAA_AAAA, low, high.round_bf16());
+            let pairs = _mm512_mask_blend_epi16(0xAAAA_AAAA, low, _mm512_castps_si512(high.0));
             _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs);
         });
     }
