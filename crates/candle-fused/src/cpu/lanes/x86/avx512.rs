@@ -117,11 +117,9 @@ impl Lanes for Avx512 {
 
     #[inline(always)]
     fn store_bf16_pairs(low: Self, high: Self, to: &mut Room<f32>) {
-        let [low, high] = [low, high].map(
-            #[inline(always)]
-            |x| Self(x86!(_mm512_castsi512_ps(x.round_bf16()))),
-        );
-        Self::store_upper_pairs(low, high, to);
+        let (low, high) = (low.round_bf16(), high.round_bf16());
+        let (low, high) = x86!((_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)));
+        Self::store_upper_pairs(Self(low), Self(high), to);
     }
 
     #[inline(always)]
