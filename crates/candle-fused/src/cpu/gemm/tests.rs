@@ -153,7 +153,7 @@ fn sums_of_large_products_are_exact() {
     let row: Vec<f32> = (0..n).map(value).collect();
     let terms = [(&left, &right), (&more_left, &more_right)];
     let sum = exact(|_, j| f64::from(value(j)), &terms, [m, n]);
-    for (isa, at) in instruction_sets().into_iter().flat_map(|isa| (0..3).map(move |at| (isa, at))) {
+    for (isa, at) in instruction_sets().flat_map(|isa| (0..3).map(move |at| (isa, at))) {
         let products =
             terms.map(|(left, right)| Product { left: left.matrices()[0], right: right.matrices()[at] });
         let what = format!("{at}");
