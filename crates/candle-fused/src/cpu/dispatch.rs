@@ -15,7 +15,7 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// With the dot product of bf16 pairs.
+    /// With the dot product of bf16 pairs, and rounding to bf16.
     Avx512Bf16,
     /// With the matrix unit, which multiplies tiles of bf16 pairs.
     Amx,
@@ -61,13 +61,14 @@ fn detect() -> Isa {
     if !wide {
         return Isa::Avx2;
     }
+    let rounds = is_x86_feature_detected!("avx512bf16");
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if super::gemm::amx::is_usable() {
+    if rounds && super::gemm::amx::is_usable() {
         return Isa::Amx;
     }
     // Processors with the matrix unit take longer for the dot product of pairs than for two products in f32 (1.7 times as
     // long for a whole linear layer on a Sapphire Rapids), also where the system keeps the unit from us.
-    if is_x86_feature_detected!("avx512bf16") && !has_matrix_unit() { Isa::Avx512Bf16 } else { Isa::Avx512 }
+    if rounds && !has_matrix_unit() { Isa::Avx512Bf16 } else { Isa::Avx512 }
 }
 
 /// Whether the processor has AMX for bf16 (CPUID leaf 7, EDX bit 22).
@@ -107,7 +108,10 @@ pub(crate) fn vectorise<W: Vectorised>(isa: Isa, work: W) -> W::Output {
         Isa::Avx2 => unsafe { avx2(work) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512(work) },
+        Isa::Avx512 => unsafe { avx512(work) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16 | Isa::Amx => unsafe { avx512_bf16(work) },
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => work.run::<lanes::neon::Neon>(),
         _ => work.run::<lanes::portable::Portable>(),
@@ -123,7 +127,13 @@ fn avx2<W: Vectorised>(work: W) -> W::Output {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn avx512<W: Vectorised>(work: W) -> W::Output {
-    work.run::<lanes::x86::Avx512>()
+    work.run::<lanes::x86::Avx512<false>>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn avx512_bf16<W: Vectorised>(work: W) -> W::Output {
+    work.run::<lanes::x86::Avx512<true>>()
 }
 
 /// Every set of instructions up to [`isa`]'s, for tests.

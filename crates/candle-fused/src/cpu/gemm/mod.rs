@@ -30,6 +30,7 @@ mod matrix;
 mod pack;
 mod parts;
 mod right;
+mod rounding;
 #[cfg(test)]
 mod tests;
 mod tiles;
@@ -39,9 +40,8 @@ use std::ops::Range;
 
 use candle_core::DType;
 
-use super::dispatch::{self, Isa, Vectorised};
-use super::lanes::{Element, Lanes};
-use super::rows::{load_part, store_part};
+use super::dispatch::{self, Isa};
+use super::lanes::Element;
 use super::spread::{Kept, spread};
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
@@ -49,6 +49,8 @@ pub(crate) use left::{Columns, Left, multiplies_pairs, multiplies_parts, takes_p
 use left::{Term, lefts, takes_pairs, terms};
 pub(crate) use matrix::{Data, Matrix};
 pub(crate) use right::{Right, whole};
+pub(crate) use rounding::{round, store};
+use rounding::{round_rows, round_with};
 use tiles::{Block, ROWS, Steps, WHOLE_STEPS};
 
 /// Steps of the common dimension in one piece.
@@ -85,49 +87,9 @@ pub(crate) enum Start<'a> {
     Matrix(&'a [f32]),
 }
 
-/// Rounds `from` into `to`, which is as long.
-pub(crate) fn round<T: Element>(from: &[f32], to: &mut [MaybeUninit<T>]) {
-    round_with(dispatch::isa(), from, to);
-}
-
-fn round_with<T: Element>(isa: Isa, from: &[f32], to: &mut [MaybeUninit<T>]) {
-    dispatch::vectorise(isa, Rounding { from, to });
-}
-
-struct Rounding<'a, T> {
-    from: &'a [f32],
-    to: &'a mut [MaybeUninit<T>],
-}
-
-impl<T: Element> Vectorised for Rounding<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    #[expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
-    fn run<L: Lanes>(self) {
-        let (pieces, rest) = self.from.as_chunks();
-        let (rooms, rest_to) = self.to.as_chunks_mut();
-        for (piece, room) in pieces.iter().zip(rooms) {
-            T::store(L::load(piece), room);
-        }
-        if !rest.is_empty() {
-            store_part(load_part::<L, f32>(rest), rest_to);
-        }
-    }
-}
-
 /// A result's own memory as f32, if that is what it is.
 fn as_f32<T: Element>(to: *mut T) -> Option<*mut f32> {
     (T::DTYPE == DType::F32).then(|| to.cast())
-}
-
-/// The f32 `from` as it is stored, in the place of what was there.
-pub(crate) fn store<T: Element>(from: &[f32], to: &mut Vec<T>) {
-    to.clear();
-    to.reserve(from.len());
-    round(from, &mut to.spare_capacity_mut()[..from.len()]);
-    // SAFETY: within the capacity, and `round` has written all elements.
-    unsafe { to.set_len(from.len()) };
 }
 
 /// `start + Σ left·right` as a matrix `m × n`, row by row. Every product must have this shape.
@@ -361,13 +323,10 @@ impl Sum<'_> {
                 }
                 scratch.sums.set_len(rows.len() * width);
             }
-            for (i, sums) in rows.zip(scratch.sums.chunks_exact(width.max(1))) {
-                // SAFETY: a row of the block.
-                let to = unsafe {
-                    let to = out.0.add(i * self.n + columns.start);
-                    std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<T>>(), width)
-                };
-                round_with(self.isa, sums, to);
+            // SAFETY: the block's rows are ours, and have its columns.
+            unsafe {
+                let to = out.0.add(rows.start * self.n + columns.start);
+                round_rows::<T>(self.isa, &scratch.sums, width, to.cast(), self.n);
             }
         }
     }

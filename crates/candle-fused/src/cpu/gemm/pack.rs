@@ -1,12 +1,15 @@
 //! Packing of the right matrix: blocks small enough to stay in cache are brought into the order in which the inner loops
 //! read them, 16-bit elements widened on the way, or kept in pairs for the bf16 product.
 
+#![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
+
 use std::ops::Range;
 
+use candle_core::DType;
 use half::bf16;
 
 use super::super::dispatch::{self, Isa, Vectorised};
-use super::super::lanes::{LANES, Lanes, as_room};
+use super::super::lanes::{Element, LANES, Lanes, as_room};
 use super::matrix::{Data, Matrix};
 use super::parts::{self, LINE, SplitPairs};
 
@@ -72,42 +75,32 @@ pub(super) fn pack(
     }
 }
 
-/// Copies steps of `width` columns, which lie `stride` apart, beginning at `start`.
-fn copy_steps(isa: Isa, data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx2 {
-        // SAFETY: the processor has AVX2.
-        unsafe { copy_steps_avx2(data, start, stride, width, panel) };
-        return;
+/// Copies steps of `width` columns, which lie `stride` apart, beginning at `start`, widened.
+fn copy_steps(isa: Isa, data: Data, start: usize, stride: usize, width: usize, to: &mut [f32]) {
+    match data {
+        Data::F32(from) => dispatch::vectorise(isa, Widen { from: &from[start..], stride, width, to }),
+        Data::F16(from) => dispatch::vectorise(isa, Widen { from: &from[start..], stride, width, to }),
+        Data::BF16(from) => dispatch::vectorise(isa, Widen { from: &from[start..], stride, width, to }),
     }
-    let _ = isa;
-    copy_pieces(data, start, stride, width, panel);
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn copy_steps_avx2(data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
-    copy_pieces(data, start, stride, width, panel);
+struct Widen<'a, T> {
+    from: &'a [T],
+    stride: usize,
+    width: usize,
+    to: &'a mut [f32],
 }
 
-/// In pieces of 16, which every panel's width is a multiple of.
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
-fn copy_pieces(data: Data, start: usize, stride: usize, width: usize, panel: &mut [f32]) {
-    for (k, to) in panel.chunks_exact_mut(width).enumerate() {
-        let range = start + k * stride..start + k * stride + width;
-        let to = to.as_chunks_mut::<16>().0.iter_mut();
-        match data {
-            Data::F32(data) => to.zip(data[range].as_chunks::<16>().0).for_each(|(to, from)| *to = *from),
-            Data::BF16(data) => {
-                for (to, from) in to.zip(data[range].as_chunks::<16>().0) {
-                    *to = from.map(|x| f32::from_bits(u32::from(x.to_bits()) << 16));
-                }
-            }
-            Data::F16(_) => {
-                for (i, to) in to.enumerate() {
-                    data.widen(range.start + 16 * i, to);
-                }
+impl<T: Element> Vectorised for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let Self { from, stride, width, to } = self;
+        for (k, to) in to.chunks_exact_mut(width).enumerate() {
+            let pieces = from[k * stride..][..width].as_chunks().0;
+            for (piece, to) in pieces.iter().zip(to.as_chunks_mut().0) {
+                T::load::<L>(piece).store(as_room(to));
             }
         }
     }
@@ -169,7 +162,8 @@ pub(super) fn pack_pairs(
         } else if right.column_stride == 1 && count == width {
             done = steps.len() / 2;
             let from = &data[right.index(steps.start, first)..];
-            join_steps(isa, from, right.row_stride, width, &mut panel[..done * width]);
+            let (stride, to) = (right.row_stride, &mut panel[..done * width]);
+            dispatch::vectorise(isa, Join { from, stride, count, width, to });
         }
         for (pair, to) in panel.chunks_exact_mut(width).enumerate().skip(done) {
             let k = steps.start + 2 * pair;
@@ -246,20 +240,19 @@ fn pack_rounded(
     }
 }
 
-/// Rounds the steps of `count` columns, which lie `stride` apart, and puts them beside each other in pairs of `width`.
-struct Join<'a> {
-    from: &'a [f32],
+/// Puts the steps of `count` columns, which lie `stride` apart, beside each other in pairs of `width`, rounded if they are f32.
+struct Join<'a, T> {
+    from: &'a [T],
     stride: usize,
     count: usize,
     width: usize,
     to: &'a mut [f32],
 }
 
-impl Vectorised for Join<'_> {
+impl<T: Element> Vectorised for Join<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    #[expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
     fn run<L: Lanes>(self) {
         let Self { from, stride, count, width, to } = self;
         for (pair, to) in to.chunks_exact_mut(width).enumerate() {
@@ -267,7 +260,12 @@ impl Vectorised for Join<'_> {
                 (&from[2 * pair * stride..][..count], &from[(2 * pair + 1) * stride..][..count]);
             let pieces = low.as_chunks().0.iter().zip(high.as_chunks().0);
             for ((low, high), to) in pieces.zip(to.as_chunks_mut().0) {
-                L::store_bf16_pairs(L::load(low), L::load(high), as_room(to));
+                let (low, high) = (T::load(low), T::load(high));
+                if T::DTYPE == DType::BF16 {
+                    L::store_upper_pairs(low, high, as_room(to));
+                } else {
+                    L::store_bf16_pairs(low, high, as_room(to));
+                }
             }
         }
     }
@@ -285,38 +283,6 @@ pub(super) fn turn_pairs(isa: Isa, matrix: &Matrix) -> (Vec<f32>, [usize; 2]) {
         turn(isa, panel, WIDTH, [pairs, WIDTH], pairs, to);
     }
     (turned, [columns, 2 * pairs])
-}
-
-/// Puts the steps of `width` columns, which lie `stride` apart, beside each other in pairs.
-fn join_steps(isa: Isa, from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx2 {
-        // SAFETY: the processor has AVX2.
-        unsafe { join_steps_avx2(from, stride, width, panel) };
-        return;
-    }
-    let _ = isa;
-    join_pieces(from, stride, width, panel);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn join_steps_avx2(from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
-    join_pieces(from, stride, width, panel);
-}
-
-/// In pieces, as [`copy_pieces`].
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "compiled for the caller's instructions")]
-fn join_pieces(from: &[bf16], stride: usize, width: usize, panel: &mut [f32]) {
-    for (pair, to) in panel.chunks_exact_mut(width).enumerate() {
-        let [low, high] = [2 * pair, 2 * pair + 1].map(|k| from[k * stride..][..width].as_chunks::<16>().0);
-        for (to, (low, high)) in to.as_chunks_mut::<16>().0.iter_mut().zip(low.iter().zip(high)) {
-            for (to, (low, high)) in to.iter_mut().zip(low.iter().zip(high)) {
-                *to = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
-            }
-        }
-    }
 }
 
 /// Zeroes what a panel has beyond its columns.

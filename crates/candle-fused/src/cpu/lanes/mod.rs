@@ -5,7 +5,7 @@
 //! order of additions is the same everywhere. (With FMA a product is not rounded before it is added, without it is.)
 //!
 //! Storage of 16 bits is widened as it is loaded and rounded as it is stored, to the nearest, ties to even, NaN kept.
-//! The conversion of `AVX512_BF16` is not used: it takes subnormal numbers for zero.
+//! The conversion of `AVX512_BF16`, which takes subnormal numbers for zero, is used where there is none.
 //!
 //! Every function here and in the loops is `#[inline(always)]`, closures included: only what is inlined into the
 //! function that enables the instructions is compiled for them.
@@ -51,6 +51,14 @@ pub(crate) trait Lanes:
     fn store(self, to: &mut Room<f32>);
     fn store_f16(self, to: &mut Room<f16>);
     fn store_bf16(self, to: &mut Room<bf16>);
+
+    /// [`Element::store`] of two, one after the other.
+    #[inline(always)]
+    fn store_both<T: Element>(first: Self, second: Self, to: &mut [MaybeUninit<T>; 2 * LANES]) {
+        for (lanes, to) in [first, second].into_iter().zip(to.as_chunks_mut().0) {
+            T::store(lanes, to);
+        }
+    }
 
     /// In each word of 32 bits `low` rounded to bf16 in the low half, and `high` in the other.
     #[inline(always)]
@@ -225,6 +233,18 @@ pub(crate) trait Lanes:
         }
         lanes[0]
     }
+}
+
+/// Asks memory for the line at this address, which may lie anywhere, to be written.
+#[inline(always)]
+pub(super) fn ask_to_write(address: *const u8) {
+    // SAFETY: a prefetch reads and writes nothing, and never faults; a processor that has no such instruction does nothing.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Initialised elements as room for others.

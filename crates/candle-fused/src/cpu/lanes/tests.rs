@@ -72,10 +72,16 @@ fn numbers() -> Vec<Piece<f32>> {
 #[test]
 fn storage_of_16_bits_is_rounded_as_half_rounds() {
     fn check<T: Element, L: Lanes>(isa: Isa, bits: fn(T) -> u16, round: fn(f32) -> T, nan: fn(T) -> bool) {
-        for numbers in numbers() {
-            let mut got = [T::zero(); LANES];
-            T::store(L::load(&numbers), as_room(&mut got));
-            for (x, got) in numbers.into_iter().zip(got) {
+        let all = numbers();
+        for (i, first) in all.iter().enumerate() {
+            let second = &all[(i * 7 + 3) % all.len()];
+            let (mut alone, mut both) = ([T::zero(); LANES], [MaybeUninit::new(T::zero()); 2 * LANES]);
+            T::store(L::load(first), as_room(&mut alone));
+            L::store_both(L::load(first), L::load(second), &mut both);
+            // SAFETY: initialised above.
+            let both = both.map(|x| unsafe { x.assume_init() });
+            let numbers = first.iter().chain(first).chain(second);
+            for (&x, got) in numbers.zip(alone.into_iter().chain(both)) {
                 let expected = round(x);
                 let same = bits(got) == bits(expected) || nan(got) && nan(expected);
                 assert!(

@@ -16,7 +16,7 @@ use super::{ask, greatest, stream_16, sum};
 pub(crate) struct Avx2([__m256; 2]);
 
 operators! {
-    Avx2,
+    [] Avx2,
     Add add _mm256_add_ps,
     Sub sub _mm256_sub_ps,
     Mul mul _mm256_mul_ps,

@@ -1,4 +1,4 @@
-//! Lanes of AVX-512: F, BW, DQ and VL.
+//! Lanes of AVX-512: F, BW, DQ and VL, with or without `AVX512_BF16`.
 
 #![allow(clippy::wildcard_imports, reason = "intrinsics have long names of their own")]
 
@@ -6,17 +6,18 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use candle_core::DType;
 use half::{bf16, f16};
 
-use super::super::{LANES, Lanes, Piece, Room};
+use super::super::{Element, LANES, Lanes, Piece, Room};
 use super::{ask, greatest, stream_16, sum};
 
-/// One register of AVX-512.
+/// One register of AVX-512, which rounds to bf16 by an instruction if it is `NATIVE`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512<const NATIVE: bool>(__m512);
 
 operators! {
-    Avx512,
+    [const NATIVE: bool] Avx512<NATIVE>,
     Add add _mm512_add_ps,
     Sub sub _mm512_sub_ps,
     Mul mul _mm512_mul_ps,
@@ -30,7 +31,21 @@ const UPPER_HALVES: [u16; 2 * LANES] = [
     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63,
 ];
 
-impl Avx512 {
+/// Where the words of two halves of a register lie if one of each half are a pair.
+#[rustfmt::skip]
+const PAIRS: [u16; 2 * LANES] = [
+    0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+];
+
+/// Numbers of which the instruction would take some for zero.
+#[cold]
+#[inline(never)]
+fn round_each(x: &Piece<f32>) -> Piece<bf16> {
+    x.map(bf16::from_f32)
+}
+
+impl<const NATIVE: bool> Avx512<NATIVE> {
     #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(__m512, __m512) -> __m512) -> Self {
         Self(f(self.0, other.0))
@@ -64,8 +79,21 @@ impl Avx512 {
         })
     }
 
+    /// The lanes that are subnormal.
+    #[inline(always)]
+    fn subnormal(self) -> __mmask16 {
+        const SUBNORMAL: i32 = 1 << 5;
+        x86!(_mm512_fpclass_ps_mask::<SUBNORMAL>(self.0))
+    }
+
     #[inline(always)]
     fn to_bf16(self) -> __m256i {
+        if NATIVE {
+            if self.subnormal() != 0 {
+                return x86!(_mm256_loadu_si256(round_each(&self.to_array()).as_ptr().cast()));
+            }
+            return x86!(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0)));
+        }
         x86!({
             // One instruction instead of a shift and a truncation.
             let upper = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
@@ -74,7 +102,7 @@ impl Avx512 {
     }
 }
 
-impl Lanes for Avx512 {
+impl<const NATIVE: bool> Lanes for Avx512<NATIVE> {
     const REGISTERS: usize = 32;
 
     #[inline(always)]
@@ -116,7 +144,27 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn store_both<T: Element>(first: Self, second: Self, to: &mut [MaybeUninit<T>; 2 * LANES]) {
+        if NATIVE && T::DTYPE == DType::BF16 && first.subnormal() | second.subnormal() == 0 {
+            return x86!(_mm512_storeu_si512(
+                to.as_mut_ptr().cast(),
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second.0, first.0)),
+            ));
+        }
+        for (lanes, to) in [first, second].into_iter().zip(to.as_chunks_mut().0) {
+            T::store(lanes, to);
+        }
+    }
+
+    #[inline(always)]
     fn store_bf16_pairs(low: Self, high: Self, to: &mut Room<f32>) {
+        if NATIVE && low.subnormal() | high.subnormal() == 0 {
+            return x86!({
+                let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high.0, low.0));
+                let pairs = _mm512_permutexvar_epi16(_mm512_loadu_si512(PAIRS.as_ptr().cast()), both);
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs);
+            });
+        }
         let (low, high) = (low.round_bf16(), high.round_bf16());
         let (low, high) = x86!((_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)));
         Self::store_upper_pairs(Self(low), Self(high), to);

@@ -12,17 +12,8 @@ macro_rules! x86 {
 }
 
 macro_rules! operators {
-    ($T:ty, $($trait:ident $method:ident $f:ident,)+) => {
-        $(impl $trait for $T {
-            type Output = Self;
-
-            #[inline(always)]
-            fn $method(self, other: Self) -> Self {
-                self.zip(other, #[inline(always)] |a, b| x86!($f(a, b)))
-            }
-        })+
-
-        impl Neg for $T {
+    ([$($parameters:tt)*] $T:ty,) => {
+        impl<$($parameters)*> Neg for $T {
             type Output = Self;
 
             #[inline(always)]
@@ -30,6 +21,18 @@ macro_rules! operators {
                 Self::splat(-0.0).xor(self)
             }
         }
+    };
+    ([$($parameters:tt)*] $T:ty, $trait:ident $method:ident $f:ident, $($rest:tt)*) => {
+        impl<$($parameters)*> $trait for $T {
+            type Output = Self;
+
+            #[inline(always)]
+            fn $method(self, other: Self) -> Self {
+                self.zip(other, #[inline(always)] |a, b| x86!($f(a, b)))
+            }
+        }
+
+        operators! { [$($parameters)*] $T, $($rest)* }
     };
 }
 
