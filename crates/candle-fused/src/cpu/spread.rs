@@ -305,6 +305,7 @@ mod tests {
             let called = Mutex::new(None);
             let work = || *called.lock().unwrap() = Some(thread::current().id());
             let door = Arc::new(Door::of(&work));
+            let closing = Closing(&door);
             while lobby.free.load(Ordering::SeqCst) == 0 {
                 thread::yield_now();
             }
@@ -313,7 +314,7 @@ mod tests {
             while called.lock().unwrap().is_none() {
                 thread::yield_now();
             }
-            drop(Closing(&door));
+            drop(closing);
             assert_eq!(*called.lock().unwrap(), Some(helper.thread().id()));
         }
     }
@@ -329,11 +330,12 @@ mod tests {
             calls.fetch_add(1, Ordering::SeqCst);
         };
         let door = Arc::new(Door::of(&work));
+        let closing = Closing(&door);
         lobby.call(&door);
         while calls.load(Ordering::SeqCst) == 0 {
             thread::yield_now();
         }
-        drop(Closing(&door));
+        drop(closing);
     }
 
     #[test]
