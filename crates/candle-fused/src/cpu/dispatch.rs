@@ -22,7 +22,7 @@ pub(crate) enum Isa {
 }
 
 /// The best of this processor, or less if the environment variable `CANDLE_FUSED_SIMD` says so: `scalar`, `neon`,
-/// `avx2`, `avx512` (without bf16 products) or `avx512bf16` (without AMX). Read once; another value is warned of, and is no
+/// `avx2`, `avx512` (without what is for bf16) or `avx512bf16` (without AMX). Read once; another value is warned of, and is no
 /// limit.
 pub(crate) fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
@@ -61,14 +61,14 @@ fn detect() -> Isa {
     if !wide {
         return Isa::Avx2;
     }
-    let rounds = is_x86_feature_detected!("avx512bf16");
+    let has_bf16 = is_x86_feature_detected!("avx512bf16");
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if rounds && super::gemm::amx::is_usable() {
+    if has_bf16 && super::gemm::amx::is_usable() {
         return Isa::Amx;
     }
     // Processors with the matrix unit take longer for the dot product of pairs than for two products in f32 (1.7 times as
     // long for a whole linear layer on a Sapphire Rapids), also where the system keeps the unit from us.
-    if rounds && !has_matrix_unit() { Isa::Avx512Bf16 } else { Isa::Avx512 }
+    if has_bf16 && !has_matrix_unit() { Isa::Avx512Bf16 } else { Isa::Avx512 }
 }
 
 /// Whether the processor has AMX for bf16 (CPUID leaf 7, EDX bit 22).

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::slice;
 
 use super::super::dispatch::{self, Isa, Vectorised};
-use super::super::lanes::{Element, LANES, Lanes, ask_to_write};
+use super::super::lanes::{Element, LANES, Lanes};
 use super::super::rows::{load_part, store_part};
 
 /// Rounds `from` into `to`, which is as long.
@@ -23,7 +23,7 @@ pub(super) fn round_with<T: Element>(isa: Isa, from: &[f32], to: &mut [MaybeUnin
 /// Rounds rows of so many columns, into rows that are `stride` apart.
 ///
 /// # Safety
-/// At `to` each row has room.
+/// Each row has this room at `to`, which nobody else uses.
 pub(super) unsafe fn round_rows<T: Element>(
     isa: Isa,
     from: &[f32],
@@ -59,7 +59,7 @@ impl<T: Element> Vectorised for Rounding<'_, T> {
             let ((pairs, rest), (rooms, rest_to)) = (row.as_chunks::<PAIR>(), to.as_chunks_mut::<PAIR>());
             let next = self.to.wrapping_add((i + AHEAD) * self.stride);
             for (j, (pair, room)) in pairs.iter().zip(rooms).enumerate() {
-                ask_to_write(next.wrapping_add(j * PAIR).cast());
+                L::ask_to_write(next.wrapping_add(j * PAIR).cast());
                 let (pieces, _) = pair.as_chunks();
                 L::store_both(L::load(&pieces[0]), L::load(&pieces[1]), room);
             }

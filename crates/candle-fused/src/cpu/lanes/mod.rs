@@ -5,7 +5,7 @@
 //! order of additions is the same everywhere. (With FMA a product is not rounded before it is added, without it is.)
 //!
 //! Storage of 16 bits is widened as it is loaded and rounded as it is stored, to the nearest, ties to even, NaN kept.
-//! The conversion of `AVX512_BF16`, which takes subnormal numbers for zero, is used where there is none.
+//! The conversion of `AVX512_BF16`, which takes subnormal numbers for zero, is used for sixteens that have none.
 //!
 //! Every function here and in the loops is `#[inline(always)]`, closures included: only what is inlined into the
 //! function that enables the instructions is compiled for them.
@@ -128,6 +128,10 @@ pub(crate) trait Lanes:
     #[inline(always)]
     fn ask<const SOON: bool>(_: *const u8) {}
 
+    /// Asks memory for the line at this address, which may lie anywhere, to be written.
+    #[inline(always)]
+    fn ask_to_write(_: *const u8) {}
+
     /// What was streamed so far is seen by others before what this thread writes from here on.
     fn fence() {}
 
@@ -233,18 +237,6 @@ pub(crate) trait Lanes:
         }
         lanes[0]
     }
-}
-
-/// Asks memory for the line at this address, which may lie anywhere, to be written.
-#[inline(always)]
-pub(super) fn ask_to_write(address: *const u8) {
-    // SAFETY: a prefetch reads and writes nothing, and never faults; a processor that has no such instruction does nothing.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
 }
 
 /// Initialised elements as room for others.

@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use half::{bf16, f16};
 
 use super::super::{Lanes, Piece, Room};
-use super::{ask, greatest, stream_16, sum};
+use super::{ask, ask_to_write, greatest, stream_16, sum};
 
 /// Two registers of AVX2.
 #[derive(Clone, Copy)]
@@ -206,6 +206,11 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn ask<const SOON: bool>(address: *const u8) {
         ask::<SOON>(address);
+    }
+
+    #[inline(always)]
+    fn ask_to_write(address: *const u8) {
+        ask_to_write(address);
     }
 
     #[inline(always)]

@@ -10,7 +10,7 @@ use candle_core::DType;
 use half::{bf16, f16};
 
 use super::super::{Element, LANES, Lanes, Piece, Room};
-use super::{ask, greatest, stream_16, sum};
+use super::{ask, ask_to_write, greatest, stream_16, sum};
 
 /// One register of AVX-512, which rounds to bf16 by an instruction if it is `NATIVE`.
 #[derive(Clone, Copy)]
@@ -229,6 +229,11 @@ impl<const NATIVE: bool> Lanes for Avx512<NATIVE> {
     #[inline(always)]
     fn ask<const SOON: bool>(address: *const u8) {
         ask::<SOON>(address);
+    }
+
+    #[inline(always)]
+    fn ask_to_write(address: *const u8) {
+        ask_to_write(address);
     }
 
     #[inline(always)]

@@ -39,6 +39,7 @@ macro_rules! operators {
 mod avx2;
 mod avx512;
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 pub(crate) use avx2::Avx2;
@@ -54,6 +55,13 @@ fn ask<const SOON: bool>(address: *const u8) {
             _mm_prefetch::<_MM_HINT_T1>(address.cast());
         }
     }
+}
+
+#[inline(always)]
+fn ask_to_write(address: *const u8) {
+    // SAFETY: a prefetch changes no memory, and never faults, wherever the address lies; what has AVX2 knows this one or does
+    // nothing.
+    unsafe { asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) };
 }
 
 /// Past the cache, 16 bytes at a time: a greater alignment no allocator promises.
