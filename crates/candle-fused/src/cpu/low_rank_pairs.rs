@@ -7,31 +7,30 @@
 //! is rounded to bf16 afterwards: the update of `y` or `dx`, and the gradient of a bf16 factor. Of an f32 result the update is
 //! the six products of parts that it can tell.
 //!
-//! The update is a term of the base's sum ([`Update`]). For the rest some rows are taken at a time, which stay in the cache.
+//! The update is a term of the base's sum ([`Update`]).
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
 use std::borrow::Cow;
 use std::mem::MaybeUninit;
+use std::ptr;
 
 use candle_core::{DType, Result, bail};
 use half::bf16;
 
 use super::dispatch::{self, Vectorised};
-use super::gemm::{self, Data, Matrix, PARALLEL, Product, Right};
+use super::gemm::{self, Data, Matrix, PARALLEL, Product, Right, Start};
 use super::lanes::{LANES, Lanes};
 use super::rows::{load_part, store_part};
-use super::spread::{Kept, spread};
+use super::spread::spread;
 
 /// Rows, columns and steps of what the matrix unit multiplies at once.
 const UNIT: usize = 32;
-/// The fewest rows of a task, and the most tasks: each has sums of the factors' gradients.
+/// The fewest rows of a task, and the most tasks.
 const TASK_ROWS: usize = 128;
 const TASKS: usize = 16;
-/// Columns of rows that are packed at a time, a multiple of [`UNIT`].
-const COLUMNS: usize = 128;
-/// Elements of the rows that are taken at a time.
-const BLOCK: usize = 1 << 18;
+/// The most blocks whose rows become columns.
+const TURNED: usize = 4;
 
 /// One part of each number, 0 the largest; the last that is taken is rounded, so that the sum of those before and it is as
 /// close as they can be. Beyond bf16's range the first is infinite, and the others are 0.
@@ -74,14 +73,11 @@ fn part_of<L: Lanes>(mut x: L, part: usize) -> L {
     x
 }
 
-/// Appends a part of each number.
-fn split(from: &[f32], part: usize, to: &mut Vec<bf16>) {
-    let length = to.len();
-    to.reserve(from.len());
-    let room = &mut to.spare_capacity_mut()[..from.len()];
-    dispatch::vectorise(dispatch::isa(), Split { from, part, to: room });
-    // SAFETY: within the capacity, and all is written.
-    unsafe { to.set_len(length + from.len()) };
+/// A part of each number.
+fn split(from: &[f32], part: usize, to: &mut [bf16]) {
+    // SAFETY: the same memory, in which bf16 are written, and nothing else.
+    let to = unsafe { &mut *(ptr::from_mut(to) as *mut [MaybeUninit<bf16>]) };
+    dispatch::vectorise(dispatch::isa(), Split { from, part, to });
 }
 
 /// The rows of a matrix in f32, whichever way it lies.
@@ -108,9 +104,10 @@ fn exact(factor: &Matrix) -> &'static [usize] {
 
 /// Some parts of a factor `[rank, columns]`, below each other.
 fn below(factor: Matrix, parts: &[usize]) -> Vec<bf16> {
-    let (rows, mut below) = (in_rows(factor), Vec::new());
-    for &part in parts {
-        split(&rows, part, &mut below);
+    let rows = in_rows(factor);
+    let mut below = vec![bf16::ZERO; parts.len() * rows.len()];
+    for (to, &part) in below.chunks_exact_mut(rows.len()).zip(parts) {
+        split(&rows, part, to);
     }
     below
 }
@@ -132,10 +129,21 @@ impl Contraction {
         Ok(Self { rank, columns, parts })
     }
 
-    /// `h = scaling · rows·factorᵀ [count, rank]`.
-    fn contract(&self, rows: &Matrix, scaling: f32, sums: &mut Vec<f32>, h: &mut [f32]) {
+    /// `scaling · rows·factorᵀ [n, rank]`, of bf16 rows.
+    pub(crate) fn contract(&self, rows: &Matrix, scaling: f32) -> Vec<f32> {
+        let (n, rank) = (rows.rows, self.rank);
+        let (mut h, size) = (vec![0f32; n * rank], task_rows(n));
+        let tasks = h.chunks_mut(size * rank).enumerate().collect();
+        let work = n * rank * self.columns;
+        spread(tasks, work >= PARALLEL, |sums: &mut Vec<f32>, (i, h): (usize, &mut [f32])| {
+            self.contract_some(&rows.some_rows(i * size, size), scaling, sums, h);
+        });
+        h
+    }
+
+    fn contract_some(&self, rows: &Matrix, scaling: f32, sums: &mut Vec<f32>, h: &mut [f32]) {
         let stride = gemm::whole(self.parts.columns());
-        sums.resize(rows.rows * stride, 0.0);
+        let sums = gemm::room(sums, rows.rows * stride);
         self.parts.multiply(rows, stride, (&mut *sums, stride), false);
         for (h, sums) in h.chunks_exact_mut(self.rank).zip(sums.chunks_exact(stride)) {
             let parts = &sums[..self.parts.columns()];
@@ -182,8 +190,8 @@ impl Expansion {
 
     /// Writes `h`'s parts into rows of an [`Update`].
     fn lay(&self, h: &[f32], parts: &mut Vec<bf16>, left: &mut [bf16]) {
+        parts.resize(h.len(), bf16::ZERO);
         for (slot, &part) in self.parts.iter().enumerate() {
-            parts.clear();
             split(h, part, parts);
             for (left, parts) in left.chunks_exact_mut(self.steps()).zip(parts.chunks_exact(self.rank)) {
                 left[slot * self.rank..][..self.rank].copy_from_slice(parts);
@@ -221,208 +229,40 @@ impl<'a> Update<'a> {
     }
 }
 
-/// What a thread uses for one block after the other.
-#[derive(Default)]
-struct Scratch {
-    sums: Vec<f32>,
-    turned: Vec<f32>,
-    parts: Vec<bf16>,
-    right: Right,
-    of_a: Vec<f32>,
-    of_b: Vec<f32>,
-}
-
-impl Kept for Scratch {
-    fn bytes(&self) -> usize {
-        let floats = [&self.sums, &self.turned, &self.of_a, &self.of_b];
-        floats.map(Kept::bytes).into_iter().sum::<usize>() + self.parts.bytes() + self.right.bytes()
-    }
-}
-
 /// The rows of a task.
 fn task_rows(n: usize) -> usize {
     n.div_ceil(TASKS).max(TASK_ROWS).next_multiple_of(UNIT)
 }
 
-/// `h = scaling · rows·factorᵀ [n, rank]`, and its update by another factor.
-pub(crate) fn contract<'a>(
-    rows: &Matrix,
-    factor: &Contraction,
-    scaling: f32,
-    onto: &'a Expansion,
-) -> (Vec<f32>, Update<'a>) {
-    let (n, rank, steps) = (rows.rows, factor.rank, onto.steps());
-    let (mut h, mut left) = (vec![0f32; n * rank], vec![bf16::ZERO; n * steps]);
-    let size = task_rows(n);
-    let tasks = h.chunks_mut(size * rank).zip(left.chunks_mut(size * steps)).enumerate().collect();
-    let work = n * rank * factor.columns;
-    spread(
-        tasks,
-        work >= PARALLEL,
-        |scratch: &mut Scratch, (i, (h, left)): (usize, (&mut [f32], &mut [bf16]))| {
-            factor.contract(&rows.some_rows(i * size, size), scaling, &mut scratch.sums, h);
-            onto.lay(h, &mut scratch.parts, left);
-        },
-    );
-    (h, Update { factor: onto, left })
-}
-
-/// The sum of `hᵀ·rows` over blocks of rows, in parts: of `[rank, columns]`.
-struct Outer<'a> {
-    rank: usize,
-    columns: usize,
-    /// Those of `h`.
-    parts: &'static [usize],
-    /// Of the parts, below each other, and of rows that fill them up.
-    sums: &'a mut Vec<f32>,
-}
-
-impl Outer<'_> {
-    fn add(
-        &mut self,
-        h: &[f32],
-        rows: &Matrix,
-        begun: bool,
-        (turned, split_parts, right): (&mut Vec<f32>, &mut Vec<bf16>, &mut Right),
-    ) {
-        let (count, height) = (rows.rows, (self.parts.len() * self.rank).next_multiple_of(UNIT));
-        turned.resize(h.len(), 0.0);
-        gemm::transpose(h, self.rank, [count, self.rank], turned);
-        split_parts.clear();
-        for &part in self.parts {
-            split(turned, part, split_parts);
-        }
-        split_parts.resize(height * count, bf16::ZERO);
-        let stride = gemm::whole(self.columns);
-        self.sums.resize(height * stride, 0.0);
-        let Ok(left) = matrix(split_parts, [height, count], count) else { return };
-        // Columns whose packed rows are still in the first-level cache when they are multiplied.
-        for first in (0..self.columns).step_by(COLUMNS) {
-            let columns = rows.t().some_rows(first, COLUMNS).t();
-            right.pack(&columns, true);
-            let to = (&mut self.sums[first..], stride);
-            right.multiply(&left, gemm::whole(columns.columns), to, begun);
-        }
-    }
-
-    /// Writes the sums of the parts.
-    fn total(&self, to: &mut [f32]) {
-        let stride = gemm::whole(self.columns);
-        let parts = self.sums.chunks_exact(stride * self.rank).take(self.parts.len());
-        for (part, sums) in parts.enumerate() {
-            for (to, sums) in to.chunks_exact_mut(self.columns).zip(sums.chunks_exact(stride)) {
-                if part == 0 {
-                    to.copy_from_slice(&sums[..self.columns]);
-                } else {
-                    to.iter_mut().zip(sums).for_each(|(to, x)| *to += x);
-                }
-            }
-        }
-    }
-}
-
-/// The parts of `h` for the gradient of a factor of this type.
-fn parts_for(factor: DType) -> &'static [usize] {
-    if factor == DType::F32 { &[0, 1, 2] } else { &[0, 1] }
-}
-
-/// What [`gradients`] leaves.
-pub(crate) struct Gradients<'a> {
-    /// `e·A`, if that is wanted.
-    pub(crate) update: Option<Update<'a>>,
-    /// `eᵀ·x [rank, inputs]`
-    pub(crate) a: Option<Vec<f32>>,
-    /// `gᵀ·h [outputs, rank]`
-    pub(crate) b: Option<Vec<f32>>,
-}
-
-/// With `e = scaling·g·Bᵀ`, for `A [rank, inputs]`, `B [rank, outputs]`, bf16 `x [n, inputs]` and `g [n, outputs]`, and the saved
-/// `h [n, rank]` in f32: the update of x's gradient, if that is wanted, and the gradients of A and B, each for a factor of the
-/// type that is given. A sum over rows is made of partial sums in an order that the shape decides.
-pub(crate) fn gradients<'a>(
-    [x, g]: [&Matrix; 2],
-    h: &[f32],
-    (a, b): (&'a Expansion, &Contraction),
-    scaling: f32,
-    (wants_x, of_a, of_b): (bool, Option<DType>, Option<DType>),
-) -> Gradients<'a> {
-    struct Task<'a> {
-        first: usize,
-        h: &'a [f32],
-        e: &'a mut [f32],
-        left: &'a mut [bf16],
-        da: &'a mut [f32],
-        db: &'a mut [f32],
-    }
-
-    let (n, rank, steps, outputs) = (x.rows, a.rank, a.steps(), b.columns);
-    let (size, block) = (task_rows(n), BLOCK / a.columns.max(b.columns));
-    let block = (block - block % UNIT).max(UNIT);
-    let count = n.div_ceil(size);
-    let [a_size, b_size] = [(of_a, a.columns), (of_b, b.columns)]
-        .map(|(of, columns)| if of.is_some() { rank * columns } else { 0 });
-    let (mut e, mut left) = (vec![0f32; n * rank], vec![bf16::ZERO; if wants_x { n * steps } else { 0 }]);
-    let mut sums = vec![0f32; count * (a_size + b_size)];
-    let (mut free, mut free_left) = (sums.as_mut_slice(), left.as_mut_slice());
-    let mut tasks = Vec::with_capacity(count);
-    for (i, (e, h)) in e.chunks_mut(size * rank).zip(h.chunks(size * rank)).enumerate() {
-        let rows = if wants_x { h.len() / rank } else { 0 };
-        tasks.push(Task {
-            first: i * size,
-            h,
-            e,
-            left: free_left.split_off_mut(..rows * steps).unwrap_or_default(),
-            da: free.split_off_mut(..a_size).unwrap_or_default(),
-            db: free.split_off_mut(..b_size).unwrap_or_default(),
-        });
-    }
-    let work = n * rank * (a.columns + b.columns);
-    spread(tasks, work >= PARALLEL, |scratch: &mut Scratch, task| {
-        let Scratch { sums, turned, parts, right, of_a: a_sums, of_b: b_sums } = scratch;
-        let outer = |of: Option<DType>, columns, sums| {
-            of.map(|of| Outer { rank, columns, parts: parts_for(of), sums })
-        };
-        let (mut outer_a, mut outer_b) = (outer(of_a, a.columns, a_sums), outer(of_b, b.columns, b_sums));
-        for (i, (e, h)) in task.e.chunks_mut(block * rank).zip(task.h.chunks(block * rank)).enumerate() {
-            let [x, g] = [x, g].map(|rows| rows.some_rows(task.first + i * block, h.len() / rank));
-            if let Some(outer) = &mut outer_b {
-                outer.add(h, &g, i > 0, (turned, parts, right));
-            }
-            if wants_x || of_a.is_some() {
-                b.contract(&g, scaling, sums, e);
-            }
-            if let Some(outer) = &mut outer_a {
-                outer.add(e, &x, i > 0, (turned, parts, right));
-            }
-        }
-        if wants_x {
-            a.lay(task.e, parts, task.left);
-        }
-        for (outer, to) in [(outer_a, task.da), (outer_b, task.db)] {
-            if let Some(outer) = outer {
-                outer.total(to);
-            }
+/// `hᵀ·rows [rank, columns]`, for the `h [n, rank]` of bf16 rows, as exact as the gradient of a factor of this type has to be.
+pub(crate) fn outer(h: &[f32], rank: usize, rows: &Matrix, factor: DType) -> Result<Vec<f32>> {
+    let parts: &[usize] = if factor == DType::F32 { &[0, 1, 2] } else { &[0, 1] };
+    let (n, columns, height) = (rows.rows, rows.columns, parts.len() * rank);
+    // Blocks of h in columns, the parts below each other.
+    let size = n.div_ceil(TURNED).max(TASK_ROWS).next_multiple_of(UNIT);
+    let mut turned = vec![bf16::ZERO; n * height];
+    let tasks = h.chunks(size * rank).zip(turned.chunks_mut(size * height)).collect();
+    let work = n * height * columns;
+    spread(tasks, work >= PARALLEL, |block: &mut Vec<f32>, (h, turned): (&[f32], &mut [bf16])| {
+        let count = h.len() / rank;
+        let block = gemm::room(block, h.len());
+        gemm::transpose(h, rank, [count, rank], block);
+        for (to, &part) in turned.chunks_exact_mut(h.len()).zip(parts) {
+            split(block, part, to);
         }
     });
-    let total = |of: Option<DType>, skip: usize, size: usize| {
-        of.map(|_| {
-            let mut total = vec![0f32; size];
-            for partial in sums.chunks_exact(a_size + b_size) {
-                total.iter_mut().zip(&partial[skip..]).for_each(|(total, x)| *total += x);
-            }
-            total
-        })
-    };
-    let turned = |b: Vec<f32>| {
-        let mut turned = vec![0f32; b.len()];
-        gemm::transpose(&b, outputs, [rank, outputs], &mut turned);
-        turned
-    };
-    Gradients {
-        a: total(of_a, 0, a_size),
-        b: total(of_b, a_size, b_size).map(turned),
-        update: wants_x.then_some(Update { factor: a, left }),
+    let products = turned.chunks(size * height).enumerate().map(|(i, turned)| {
+        let (right, count) = (rows.some_rows(i * size, size), turned.len() / height);
+        Ok(Product { left: matrix(turned, [height, count], count)?, right })
+    });
+    let products = products.collect::<Result<Vec<_>>>()?;
+    let mut sums = gemm::sum_of_products::<f32>([height, columns], Start::Zero, &products);
+    let (total, others) = sums.split_at_mut(rank * columns);
+    for part in others.chunks_exact(rank * columns) {
+        total.iter_mut().zip(part).for_each(|(total, x)| *total += x);
     }
+    sums.truncate(rank * columns);
+    Ok(sums)
 }
 
 #[cfg(test)]
@@ -434,9 +274,8 @@ mod tests {
     use super::*;
 
     fn parts(x: f32, count: usize) -> f64 {
-        let mut parts = Vec::new();
-        (0..count).for_each(|part| split(&[x; 17], part, &mut parts));
-        assert_eq!(parts.len(), 17 * count);
+        let mut parts = vec![bf16::NAN; 17 * count];
+        parts.chunks_exact_mut(17).enumerate().for_each(|(part, to)| split(&[x; 17], part, to));
         (0..count).map(|part| f64::from(parts[17 * part + 16].to_f32())).sum()
     }
 
@@ -496,7 +335,8 @@ mod tests {
                 let (contraction, expansion) =
                     (Contraction::new(a_rows).unwrap(), Expansion::new(b_rows, DType::BF16));
 
-                let (got, update) = contract(&x_rows, &contraction, 2.0, &expansion);
+                let got = contraction.contract(&x_rows, 2.0);
+                let update = Update::of(&got, &expansion);
                 check("h", &got, [n, inputs, rank], exact(inputs), |i, l, j| {
                     2.0 * f64::from(x[i * inputs + l].to_f32()) * factor(&a, j * inputs + l)
                 });
@@ -523,17 +363,20 @@ mod tests {
                 let dtype = if short { DType::BF16 } else { DType::F32 };
                 let (expansion, contraction) =
                     (Expansion::new(a_rows, DType::BF16), Contraction::new(b_rows).unwrap());
-                let wanted = (true, Some(dtype), Some(dtype));
-                let gradients = gradients([&x_rows, &g_rows], &h, (&expansion, &contraction), 0.5, wanted);
+                let e = contraction.contract(&g_rows, 0.5);
                 let part = if short { CLOSE } else { exact(n) };
-                check("db", &gradients.b.unwrap(), [outputs, n, rank], part, |i, l, j| {
-                    f64::from(g[l * outputs + i].to_f32()) * f64::from(h[l * rank + j])
-                });
-                let (e, _) = contract(&g_rows, &contraction, 0.5, &expansion);
-                check("da", &gradients.a.unwrap(), [rank, n, inputs], part, |i, l, j| {
+                check(
+                    "db",
+                    &outer(&h, rank, &g_rows, dtype).unwrap(),
+                    [rank, n, outputs],
+                    part,
+                    |i, l, j| f64::from(h[l * rank + i]) * f64::from(g[l * outputs + j].to_f32()),
+                );
+                check("da", &outer(&e, rank, &x_rows, dtype).unwrap(), [rank, n, inputs], part, |i, l, j| {
                     f64::from(e[l * rank + i]) * f64::from(x[l * inputs + j].to_f32())
                 });
-                check("dx", &y(&gradients.update.unwrap(), inputs), [n, rank, inputs], CLOSE, |i, l, j| {
+                let update = Update::of(&e, &expansion);
+                check("dx", &y(&update, inputs), [n, rank, inputs], CLOSE, |i, l, j| {
                     f64::from(e[i * rank + l]) * factor(&a, l * inputs + j)
                 });
             }

@@ -8,8 +8,8 @@ use candlewick_kernels::lora::LoraGradients;
 use super::low_rank::{LowRank, is_empty};
 use crate::backend::cpu::to_vec;
 use crate::backend::products::{product, with_matrices};
-use crate::cpu::gemm::{Matrix, Product, Start, multiplies_parts, takes_parts};
-use crate::cpu::low_rank_pairs::{self, Contraction, Expansion, Update};
+use crate::cpu::gemm::{self, Matrix, Product, Start, multiplies_parts, takes_parts};
+use crate::cpu::low_rank_pairs::{Contraction, Expansion, Update, outer};
 
 /// The base's weight, if there may be a product to compute so.
 fn weight<'a>(call: &'a LowRank, x: &Tensor, b: &Tensor) -> Option<&'a Tensor> {
@@ -36,8 +36,8 @@ pub(super) fn forward(
             return Ok(None);
         }
         let (n, rank, outputs) = (x.rows, a.rows, b.rows);
-        let (a, b) = (Contraction::new(a)?, Expansion::new(b.t(), DType::BF16));
-        let (h, update) = low_rank_pairs::contract(&x, &a, call.scaling, &b);
+        let (h, b) = (Contraction::new(a)?.contract(&x, call.scaling), Expansion::new(b.t(), DType::BF16));
+        let update = Update::of(&h, &b);
         let bias = bias.map(to_vec).transpose()?;
         let start = bias.as_deref().map_or(Start::Zero, Start::Row);
         let products = [Product { left: x, right: weight.t() }, update.product()?];
@@ -59,22 +59,30 @@ pub(super) fn gradients(
         if !(multiplies_parts(&x) && multiplies_parts(&grad)) {
             return Ok(None);
         }
-        let (rank, a, b, h) =
-            (h.columns, Expansion::new(a, DType::BF16), Contraction::new(b.t())?, h.rows_f32());
-        let gradients =
-            low_rank_pairs::gradients([&x, &grad], &h, (&a, &b), call.scaling, (wanted.x, of_a, of_b));
-        let stored = |gradient: Option<Vec<f32>>, dims: (usize, usize), dtype: Option<DType>| {
-            let tensor = |(sums, dtype)| Tensor::from_vec(sums, dims, &Device::Cpu)?.to_dtype(dtype);
-            gradient.zip(dtype).map(tensor).transpose()
+        let (rank, h) = (h.columns, h.rows_f32());
+        let stored = |sums: Vec<f32>, dims: (usize, usize), dtype: DType| {
+            Tensor::from_vec(sums, dims, &Device::Cpu)?.to_dtype(dtype)
         };
-        let dx = |update: Update| {
+        let mut gradients = [None, None, None];
+        if let Some(dtype) = of_b {
+            let turned = outer(&h, rank, &grad, dtype)?;
+            let mut db = vec![0f32; turned.len()];
+            gemm::transpose(&turned, grad.columns, [rank, grad.columns], &mut db);
+            gradients[2] = Some(stored(db, (grad.columns, rank), dtype)?);
+        }
+        if !wanted.x && of_a.is_none() {
+            return Ok(Some(gradients));
+        }
+        let e = Contraction::new(b.t())?.contract(&grad, call.scaling);
+        if let Some(dtype) = of_a {
+            gradients[1] = Some(stored(outer(&e, rank, &x, dtype)?, (rank, x.columns), dtype)?);
+        }
+        if wanted.x {
+            let factor = Expansion::new(a, DType::BF16);
+            let update = Update::of(&e, &factor);
             let products = [Product { left: grad, right: weight }, update.product()?];
-            product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)
-        };
-        Ok(Some([
-            gradients.update.map(dx).transpose()?,
-            stored(gradients.a, (rank, x.columns), of_a)?,
-            stored(gradients.b, (grad.columns, rank), of_b)?,
-        ]))
+            gradients[0] = Some(product(DType::BF16, [x.rows, x.columns], Start::Zero, &products)?);
+        }
+        Ok(Some(gradients))
     })
 }
