@@ -183,12 +183,13 @@ impl BackwardRows<'_> {
         let partials = n.div_ceil(block);
         let [a_size, b_size] = [(wanted.a, inputs), (wanted.b, outputs)]
             .map(|(wanted, columns)| if wanted { rank * columns } else { 0 });
-        let mut sums = vec![0f32; partials * (a_size + b_size)];
+        let all = partials * (a_size + b_size);
+        let mut sums: Vec<f32> = Vec::with_capacity(all);
         let mut e = vec![0f32; n * rank];
         let size = if wanted.x { n * inputs } else { 0 };
         let mut dx: Vec<T> = Vec::with_capacity(size);
         let mut free = &mut dx.spare_capacity_mut()[..size];
-        let mut free_sums = sums.as_mut_slice();
+        let mut free_sums = &mut sums.spare_capacity_mut()[..all];
         let mut tasks = Vec::with_capacity(partials);
         for (i, (e, h)) in e.chunks_mut(block * rank).zip(h.chunks(block * rank)).enumerate() {
             let len = if wanted.x { e.len() / rank * inputs } else { 0 };
@@ -209,18 +210,26 @@ impl BackwardRows<'_> {
         spread(tasks, n * (inputs + outputs) * rank >= PARALLEL, |(), task| {
             dispatch::vectorise(dispatch::isa(), task);
         });
-        // SAFETY: within the capacity; the tasks partition the rows, and each writes all of its own.
-        unsafe { dx.set_len(size) };
+        // SAFETY: within the capacities; the tasks partition the rows and the sums, and each writes all of its own.
+        unsafe {
+            dx.set_len(size);
+            sums.set_len(all);
+        }
         let total = |wanted: bool, skip: usize, columns: usize| -> Result<Option<Tensor>> {
+            /// Elements of a task.
+            const SUMS: usize = 1 << 11;
             if !wanted {
                 return Ok(None);
             }
             let mut total = vec![0f32; rank * columns];
-            for partial in sums.chunks_exact((a_size + b_size).max(1)) {
-                for (total, partial) in total.iter_mut().zip(&partial[skip..]) {
-                    *total += partial;
+            let tasks = total.chunks_mut(SUMS).enumerate().collect();
+            spread(tasks, all >= PARALLEL / 4, |(): &mut (), (i, total): (usize, &mut [f32])| {
+                for partial in sums.chunks_exact((a_size + b_size).max(1)) {
+                    for (total, partial) in total.iter_mut().zip(&partial[skip + i * SUMS..]) {
+                        *total += partial;
+                    }
                 }
-            }
+            });
             Tensor::from_vec(total, (rank, columns), &Device::Cpu).map(Some)
         };
         Ok(LowRankGradients {

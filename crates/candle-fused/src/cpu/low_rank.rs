@@ -138,7 +138,7 @@ impl<T: Element> Vectorised for Block<'_, T> {
     }
 }
 
-/// The gradients of some rows of a product: `e = s·g·B`, and of what is wanted `dx = e·A`, `dA += eᵀ·x`, `dBᵀ += hᵀ·g`.
+/// The gradients of some rows of a product: `e = s·g·B`, and of what is wanted `dx = e·A`, `dA = eᵀ·x`, `dBᵀ = hᵀ·g`.
 pub(crate) struct Backward<'a, T, U> {
     pub(crate) delta: Delta<'a>,
     pub(crate) x: Rows<'a, U>,
@@ -150,10 +150,10 @@ pub(crate) struct Backward<'a, T, U> {
     pub(crate) e: &'a mut [f32],
     /// `[rows, inputs]`
     pub(crate) dx: Option<&'a mut [MaybeUninit<T>]>,
-    /// `[rank, inputs]`, to be added to.
-    pub(crate) da: Option<&'a mut [f32]>,
-    /// `[rank, outputs]`, to be added to.
-    pub(crate) db: Option<&'a mut [f32]>,
+    /// `[rank, inputs]`
+    pub(crate) da: Option<&'a mut [MaybeUninit<f32>]>,
+    /// `[rank, outputs]`
+    pub(crate) db: Option<&'a mut [MaybeUninit<f32>]>,
 }
 
 impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
@@ -161,7 +161,8 @@ impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { delta, x, gradient, h, e, dx, mut da, mut db } = self;
+        let Self { delta, x, gradient, h, e, dx, da, db } = self;
+        let [mut da, mut db] = [da.map(zeros), db.map(zeros)];
         let Delta { a, b, rank, inputs, outputs, scaling } = delta;
         let (mut x_room, mut room) = (x.room(inputs), gradient.room(outputs));
         let mut sums = vec![[0f32; LANES]; ROWS * rank];
@@ -184,6 +185,12 @@ impl<T: Element, U: Element> Vectorised for Backward<'_, T, U> {
             expand_all::<L, T>(e, a, [rank, inputs], dx);
         }
     }
+}
+
+fn zeros(room: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    room.fill(MaybeUninit::new(0.0));
+    // SAFETY: initialised.
+    unsafe { room.assume_init_mut() }
 }
 
 /// `to[i][k] = scaling·rows[i]·factors[k]`. `sums` is room for as many pieces as `to` has elements.
