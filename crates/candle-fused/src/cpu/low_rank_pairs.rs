@@ -341,11 +341,7 @@ mod tests {
                     2.0 * f64::from(x[i * inputs + l].to_f32()) * factor(&a, j * inputs + l)
                 });
                 let y = |update: &Update, columns| {
-                    gemm::sum_of_products::<f32>(
-                        [n, columns],
-                        gemm::Start::Zero,
-                        &[update.product().unwrap()],
-                    )
+                    gemm::sum_of_products::<f32>([n, columns], Start::Zero, &[update.product().unwrap()])
                 };
                 check("y", &y(&update, outputs), [n, rank, outputs], CLOSE, |i, l, j| {
                     f64::from(got[i * rank + l]) * factor(&b, l * outputs + j)
