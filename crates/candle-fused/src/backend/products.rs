@@ -216,14 +216,15 @@ impl BackwardRows<'_> {
             sums.set_len(all);
         }
         let total = |wanted: bool, skip: usize, columns: usize| -> Result<Option<Tensor>> {
-            /// Elements of a task.
+            /// Sums of a task, and elements of all partial sums that are worth waking another thread.
             const SUMS: usize = 1 << 11;
+            const MANY: usize = 1 << 17;
             if !wanted {
                 return Ok(None);
             }
             let mut total = vec![0f32; rank * columns];
             let tasks = total.chunks_mut(SUMS).enumerate().collect();
-            spread(tasks, all >= PARALLEL / 4, |(): &mut (), (i, total): (usize, &mut [f32])| {
+            spread(tasks, all >= MANY, |(): &mut (), (i, total): (usize, &mut [f32])| {
                 for partial in sums.chunks_exact((a_size + b_size).max(1)) {
                     for (total, partial) in total.iter_mut().zip(&partial[skip + i * SUMS..]) {
                         *total += partial;

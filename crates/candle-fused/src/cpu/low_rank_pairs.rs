@@ -141,6 +141,7 @@ impl Contraction {
         h
     }
 
+    /// [`Self::contract`] on this thread, by way of sums for each part.
     fn contract_some(&self, rows: &Matrix, scaling: f32, sums: &mut Vec<f32>, h: &mut [f32]) {
         let stride = gemm::whole(self.parts.columns());
         let sums = gemm::room(sums, rows.rows * stride);
