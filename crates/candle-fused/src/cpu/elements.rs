@@ -1,4 +1,4 @@
-//! Loops without rows: a sum, a step of Adam, and the mask of dropout.
+//! Loops without rows: a sum, and a step of Adam.
 
 #![expect(clippy::inline_always, reason = "an instruction set reaches only what is inlined")]
 
@@ -6,7 +6,6 @@ use candlewick_kernels::adam::Adam as Constants;
 
 use super::lanes::{Element, Lanes};
 use super::rows::{In, Row, RowLoop, map, pass};
-use crate::ops::lora_linear::Dropout;
 
 /// `x + y`.
 pub(crate) struct Add;
@@ -53,43 +52,5 @@ unsafe impl RowLoop<4, 3, 0> for Adam {
                 ([x * shrink - m / (v.sqrt() * part + eps) * rate, m, v], [])
             },
         );
-    }
-}
-
-/// Multiplies by the mask.
-pub(crate) struct Drop(pub(crate) Dropout);
-
-// SAFETY: `map` writes the whole row.
-unsafe impl RowLoop<1, 1, 0> for Drop {
-    type Statistic = ();
-
-    const SCRATCH: bool = true;
-    const EXPONENTIALS: bool = true;
-
-    #[inline(always)]
-    fn row<L: Lanes, T: Element>(&self, row: Row<'_, T, 1, 1, 0>) {
-        let ([x], [Some(y)]) = (row.inputs, row.outputs) else { return };
-        let factors = &mut row.scratch[..x.len()];
-        mask(self.0, row.index, factors);
-        map(
-            [x.soon()],
-            [&*factors],
-            y,
-            #[inline(always)]
-            |[x]: [L; 1], [factor]| x * factor,
-        );
-    }
-}
-
-/// The factors of consecutive elements, the first of which has this index.
-fn mask(dropout: Dropout, first: usize, factors: &mut [f32]) {
-    let mut index = first;
-    let mut rest = factors;
-    while !rest.is_empty() {
-        let lane = index % 4;
-        let block = dropout.factors(index as u64 / 4);
-        let here = rest.split_off_mut(..rest.len().min(4 - lane)).unwrap_or_default();
-        index += here.len();
-        here.copy_from_slice(&block[lane..lane + here.len()]);
     }
 }

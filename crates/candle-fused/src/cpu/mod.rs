@@ -11,6 +11,7 @@ mod guarded;
 pub(crate) mod lanes;
 pub(crate) mod low_rank;
 pub(crate) mod low_rank_pairs;
+pub(crate) mod mask;
 pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod rows;

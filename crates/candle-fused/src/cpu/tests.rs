@@ -16,6 +16,7 @@ use super::gemm::Matrix;
 use super::guarded::Guarded;
 use super::lanes::{Element, Lanes, Piece};
 use super::low_rank::{Backward, Block, Delta, Inner, Rows};
+use super::mask::{Mask, Masked};
 use super::rows::{self, In, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
 use crate::ops::lora_linear::Dropout;
@@ -167,7 +168,7 @@ fn gates_sums_and_steps_stay_within_their_rows() {
             check!(len, gated::Backward(gate));
         }
         check!(len, elements::Add);
-        check!(len, elements::Drop(Dropout { p: 0.25, seed: 3 }));
+        check!(len, Masked(&Mask::new(Dropout { p: 0.25, seed: 3 }, len)));
         let adam = elements::Adam(candlewick_kernels::adam::Adam {
             elements: 0,
             new1: 0.1,

@@ -1,7 +1,8 @@
 //! What the linear operations share: `y = x·Wᵀ + bias + s·D(x)·Aᵀ·Bᵀ`, each part optional, `D` the dropout.
 //!
 //! With the rows `x [n, in]`, `h = s·D(x)·Aᵀ [n, r]` saved by the forward and `e = s·g·B [n, r]`:
-//! `dB = gᵀ·h`, `dA = eᵀ·D(x)`, `dx = g·W + D(e·A)`, where `D` recomputes its mask. Nothing computes a gradient of `W`
+//! `dB = gᵀ·h`, `dA = eᵀ·D(x)`, `dx = g·W + D(e·A)`. The factor of what `D` keeps is part of `s`, and its mask is kept by the
+//! processor, a bit for each element of `x`, and made again by a GPU. Nothing computes a gradient of `W`
 //! or the bias. `x·Aᵀ` is one product for all columns of the output, never once for each.
 //!
 //! The low-rank products run in the dtype of A and B: `x`'s, or f32 beside a 16-bit `x`. Large ones on a device whose
@@ -17,9 +18,9 @@ use crate::backend::cpu::{map_element, to_vec};
 use crate::backend::products::{self, LowRankGradients, product, with_matrices};
 use crate::backend::{self, Attempt, Kernel, fewest_for_products, gpu};
 use crate::check;
-use crate::cpu::elements as row;
 use crate::cpu::gemm::{Left, Matrix, Product, Start, sum_of_products};
 use crate::cpu::low_rank_pairs::Update;
+use crate::cpu::mask::{Mask, Masked};
 use crate::graph::{self, Backward, Reads};
 use crate::ops::{low_rank_pairs, low_rank_products};
 use crate::philox::{halves, philox4x32};
@@ -65,11 +66,20 @@ impl Dropout {
 
     /// What multiplies the elements `4·block..4·block + 4`.
     pub(crate) fn factors(self, block: u64) -> [f32; 4] {
-        let threshold = (f64::from(self.p) * 4_294_967_296.0).round();
-        let [low, high] = halves(block);
-        let kept = 1.0 / (1.0 - self.p);
-        philox4x32([low, high, 0, 0], halves(self.seed))
-            .map(|word| if f64::from(word) >= threshold { kept } else { 0.0 })
+        let (threshold, [low, high]) = (self.threshold(), halves(block));
+        philox4x32([[low], [high], [0], [0]], halves(self.seed))
+            .map(|[word]| if word >= threshold { self.kept() } else { 0.0 })
+    }
+
+    /// The smallest random word that keeps an element.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "p is in 0..1")]
+    pub(crate) fn threshold(self) -> u32 {
+        (f64::from(self.p) * 4_294_967_296.0).round() as u32
+    }
+
+    /// What multiplies the elements that are kept.
+    pub(crate) fn kept(self) -> f32 {
+        1.0 / (1.0 - self.p)
     }
 
     /// The factors of a whole `[rows, columns]` matrix, in f32.
@@ -185,11 +195,6 @@ impl Sum<'_> {
     }
 }
 
-/// `D(x)` in f32, on the processor.
-fn dropped(dropout: Dropout, x: &Tensor) -> Result<Tensor> {
-    map_element([&x.to_dtype(DType::F32)?], &row::Drop(dropout))
-}
-
 /// `left·right + bias` of matrices.
 pub(super) struct Base<'a> {
     pub(super) left: &'a Tensor,
@@ -253,11 +258,11 @@ impl LowRank {
         bias: Option<&Tensor>,
     ) -> Attempt<Tensor> {
         self.weight = self.weight.map(|weight| weight.detach());
-        let (y, h) = {
+        let (y, kept) = {
             let (x, a, b) = (&rows(&x.detach())?, &self.a_matrix(a)?, &self.b_matrix(b)?);
             backend::run(x.device(), &Forward { call: &self, x, a, b, bias })?
         };
-        Ok(graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { h, call: self })?)
+        Ok(graph::record3(x, a, b, like_rows(&y, x)?, LowRankBackward { kept, call: self })?)
     }
 
     /// With a weight in the dtype of `x`, as a GPU multiplies it: a narrower one is widened for every product.
@@ -271,9 +276,14 @@ impl LowRank {
         }
     }
 
-    /// `D(x)` in f32, where there is a dropout, on the processor.
-    fn dropped(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        self.dropout.map(|dropout| dropped(dropout, x)).transpose()
+    /// What of `x` is kept, where there is a dropout, on the processor.
+    fn mask(&self, x: &Tensor) -> Option<Mask> {
+        self.dropout.map(|dropout| Mask::new(dropout, x.elem_count()))
+    }
+
+    /// `scaling`, and the dropout's factor.
+    pub(super) fn factor(&self) -> f32 {
+        self.dropout.map_or(self.scaling, |dropout| self.scaling * dropout.kept())
     }
 
     /// A as `[r, in]`, ready for products.
@@ -317,6 +327,14 @@ fn low_rank_serves(x: &Tensor, b: &Tensor) -> bool {
     x.stride()[1] == 1 && !is_empty(x, b) && b.dims()[1] <= RANKS
 }
 
+/// What of a forward its backward needs, where that does not recompute it.
+#[derive(Default)]
+struct Kept {
+    /// `s·D(x)·Aᵀ`
+    h: Option<Tensor>,
+    mask: Option<Mask>,
+}
+
 struct Forward<'a> {
     call: &'a LowRank,
     /// `[n, in]`
@@ -329,35 +347,38 @@ struct Forward<'a> {
 }
 
 impl Kernel for Forward<'_> {
-    /// The result `[n, out]`, and `h` where it is kept.
-    type Output = (Tensor, Option<Tensor>);
+    /// The result `[n, out]`, and what is kept.
+    type Output = (Tensor, Kept);
 
     fn cpu(&self) -> Result<Self::Output> {
         let Self { call, x, a, b, bias } = *self;
-        if let Some((y, h)) = low_rank_pairs::forward(call, [x, a, b], bias)? {
-            return Ok((y, Some(h)));
+        let mask = call.mask(x);
+        let input = mask.as_ref().map(|mask| map_element([x], &Masked(mask))).transpose()?;
+        let masked = input.as_ref().unwrap_or(x);
+        if let Some((y, h)) = low_rank_pairs::forward(call, [x, masked, a, b], bias)? {
+            return Ok((y, Kept { h: Some(h), mask }));
         }
-        if call.weight.is_none() && call.dropout.is_none() && bias.is_none() && low_rank_serves(x, b) {
+        if call.weight.is_none() && mask.is_none() && bias.is_none() && low_rank_serves(x, b) {
             let delta = |[x, a, b]: [Matrix; 3]| products::low_rank(x, a, b, call.scaling);
             let (y, h) = with_matrices([x, a, b], delta)?;
-            return Ok((y, Some(h)));
+            return Ok((y, Kept { h: Some(h), mask }));
         }
         let bias = bias.map(to_vec).transpose()?;
         let start = bias.as_deref().map_or(Start::Zero, Start::Row);
-        let (input, weight, dtype) = (call.dropped(x)?, call.weight.as_ref(), x.dtype());
-        let matrices = [x, input.as_ref().unwrap_or(x), a, b, weight.unwrap_or(b)];
-        with_matrices(matrices, |[x, dropped, a, b, weight_matrix]| {
+        let (weight, dtype, factor) = (call.weight.as_ref(), x.dtype(), call.factor());
+        with_matrices([x, masked, a, b, weight.unwrap_or(b)], |[x, masked, a, b, weight_matrix]| {
             let (left, right, dims) = (Left::new(x), weight_matrix.t(), [x.rows, a.rows]);
-            let narrow = input.is_none() && weight.is_some() && left.stays_narrow(&right);
+            let narrow = mask.is_some() || weight.is_some() && left.stays_narrow(&right);
             let h = if narrow && low_rank_serves(self.x, self.b) {
-                // Nothing else wants x in f32.
-                products::low_rank_inner(x, a, call.scaling)?
+                // Nothing else wants it in f32.
+                products::low_rank_inner(masked, a, factor)?
             } else {
-                let input = if input.is_some() { dropped } else { left.wide() };
+                let masked = Left::new(masked);
+                let input = if mask.is_some() { masked.wide() } else { left.wide() };
                 let product = Product { left: input, right: a.t() };
                 let mut h = sum_of_products::<f32>(dims, Start::Zero, &[product]);
                 for h in &mut h {
-                    *h *= call.scaling;
+                    *h *= factor;
                 }
                 h
             };
@@ -370,7 +391,8 @@ impl Kernel for Forward<'_> {
             };
             let products: Vec<_> = base.into_iter().chain([low]).collect();
             let y = product(dtype, [dims[0], b.rows], start, &products)?;
-            Ok((y, Some(Tensor::from_vec(h, (dims[0], dims[1]), &Device::Cpu)?)))
+            let h = Tensor::from_vec(h, (dims[0], dims[1]), &Device::Cpu)?;
+            Ok((y, Kept { h: Some(h), mask }))
         })
     }
 
@@ -379,7 +401,7 @@ impl Kernel for Forward<'_> {
         let (x, call) = (&gpu::contiguous(self.x)?, &*call.like(self.x)?);
         if low_rank_products::serve(x, a, b) {
             let (y, h) = low_rank_products::forward(call, [x, a, b], bias)?;
-            return Ok((y, Some(h)));
+            return Ok((y, Kept { h: Some(h), mask: None }));
         }
         let plans = call.plans(x, a, b)?;
         let shape = Shape::from((plans.rows, plans.outputs));
@@ -390,14 +412,13 @@ impl Kernel for Forward<'_> {
             }
             None => gpu::run(&[x, a, b], &[&shape], gpu::kept(plans, Plans::forward))?,
         };
-        Ok((outputs.take()?, None))
+        Ok((outputs.take()?, Kept::default()))
     }
 }
 
 struct LowRankBackward {
     call: LowRank,
-    /// `s·D(x)·Aᵀ`, where the backward does not recompute it.
-    h: Option<Tensor>,
+    kept: Kept,
 }
 
 impl Backward<3> for LowRankBackward {
@@ -454,6 +475,22 @@ fn factors_by_products(
     Ok(LowRankGradients { e, x: None, a: a_gradient, b: b_gradient })
 }
 
+/// `base + low`, as far as a mask keeps that.
+pub(super) fn with_update(
+    dtype: DType,
+    dims: [usize; 2],
+    base: Option<Product>,
+    low: Product,
+    mask: Option<&Mask>,
+) -> Result<Tensor> {
+    let (start, last) = match mask {
+        Some(mask) => (Start::Masked(low, mask), None),
+        None => (Start::Zero, Some(low)),
+    };
+    let products: Vec<_> = base.into_iter().chain(last).collect();
+    product(dtype, dims, start, &products)
+}
+
 struct Gradients<'a> {
     saved: &'a LowRankBackward,
     /// `[n, in]`
@@ -472,24 +509,25 @@ impl Kernel for Gradients<'_> {
     type Output = [Option<Tensor>; 3];
 
     fn cpu(&self) -> Result<Self::Output> {
-        let Self { saved: LowRankBackward { call, h }, x, a, b, grad, wanted } = *self;
+        let Self { saved: LowRankBackward { call, kept: Kept { h, mask } }, x, a, b, grad, wanted } = *self;
         let mut gradients = [None, None, None];
         let Some(h) = h else { return Ok(gradients) };
-        if let Some(gradients) = low_rank_pairs::gradients(call, [x, a, b], [h, grad], wanted)? {
+        let mask = mask.as_ref();
+        let input = mask.filter(|_| wanted.a).map(|mask| map_element([x], &Masked(mask))).transpose()?;
+        let x = input.as_ref().unwrap_or(x);
+        if let Some(gradients) = low_rank_pairs::gradients(call, mask, [x, a, b], [h, grad], wanted)? {
             return Ok(gradients);
         }
         let (weight, dtypes) = (call.weight.as_ref(), [x.dtype(), a.dtype(), b.dtype()]);
-        let input = if wanted.a { call.dropped(x)? } else { None };
-        let matrices = [input.as_ref().unwrap_or(x), a, b, h, grad, weight.unwrap_or(a)];
-        let in_blocks = low_rank_serves(input.as_ref().unwrap_or(x), b) && low_rank_serves(grad, b);
-        with_matrices(matrices, |[input, a, b, h, grad, weight_matrix]| {
+        let in_blocks = low_rank_serves(x, b) && low_rank_serves(grad, b);
+        with_matrices([x, a, b, h, grad, weight.unwrap_or(a)], |[x, a, b, h, grad, weight_matrix]| {
             let left = Left::new(grad);
-            let alone = weight.is_none() && call.dropout.is_none() && in_blocks;
+            let alone = weight.is_none() && mask.is_none() && in_blocks;
             let parts = if in_blocks {
                 let wanted = LoraGradients { x: wanted.x && alone, ..wanted };
-                products::low_rank_backward([input, a, b, h, grad], call.scaling, wanted)?
+                products::low_rank_backward([x, a, b, h, grad], call.factor(), wanted)?
             } else {
-                factors_by_products([input, b, h], &left, call.scaling, wanted)?
+                factors_by_products([x, b, h], &left, call.factor(), wanted)?
             };
             let stored = |gradient: Tensor, dtype| gradient.contiguous()?.to_dtype(dtype).map(Some);
             if let Some(da) = parts.a {
@@ -505,31 +543,21 @@ impl Kernel for Gradients<'_> {
             if wanted.x {
                 let base =
                     weight.map(|_| Product { left: left.beside(&weight_matrix), right: weight_matrix });
-                let factor = low_rank_pairs::beside(base.as_ref().filter(|_| call.dropout.is_none()), a);
+                let factor = low_rank_pairs::beside(base.as_ref(), a);
                 let update = factor.as_ref().map(|factor| Update::of(&parts.e, factor));
                 let low = match &update {
                     Some(update) => update.product()?,
                     None => Product { left: Matrix::of_rows(&parts.e, [h.rows, h.columns])?, right: a },
                 };
                 let dims = [h.rows, a.columns];
-                gradients[0] = Some(match call.dropout {
-                    None => {
-                        let products: Vec<_> = base.into_iter().chain([low]).collect();
-                        product(dtypes[0], dims, Start::Zero, &products)?
-                    }
-                    Some(dropout) => {
-                        let low = dropped(dropout, &product(DType::F32, dims, Start::Zero, &[low])?)?;
-                        let products: Vec<_> = base.into_iter().collect();
-                        product(dtypes[0], dims, Start::Matrix(&to_vec(&low)?), &products)?
-                    }
-                });
+                gradients[0] = Some(with_update(dtypes[0], dims, base, low, mask)?);
             }
             Ok(gradients)
         })
     }
 
     fn gpu(&self) -> Attempt<Self::Output> {
-        let Self { saved: LowRankBackward { call, h }, a, b, wanted, .. } = *self;
+        let Self { saved: LowRankBackward { call, kept: Kept { h, .. } }, a, b, wanted, .. } = *self;
         let (x, grad) = (&gpu::contiguous(self.x)?, &gpu::contiguous(self.grad)?);
         let call = if wanted.x { call.like(x)? } else { Cow::Borrowed(call) };
         let call = &*call;

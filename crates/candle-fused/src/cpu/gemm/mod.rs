@@ -42,6 +42,7 @@ use candle_core::DType;
 
 use super::dispatch::{self, Isa};
 use super::lanes::Element;
+use super::mask::Mask;
 use super::spread::{Kept, spread};
 pub(crate) use dot::ROWS as FEW;
 use kernel::{Kernel, Pairs};
@@ -60,6 +61,10 @@ const FEW_STEPS: usize = 256;
 /// Columns in one task's block, unless there are too few for all threads; and where their packed parts are three.
 const COLUMNS: usize = 256;
 const SPLIT_COLUMNS: usize = 128;
+/// With so few steps there is little but the result, which is best written row by row: so many columns of it, if there are rows
+/// enough for all threads.
+const FEWEST_STEPS: usize = 64;
+const MOST_COLUMNS: usize = 1024;
 /// Rows of a 16-bit result that are summed up in f32 at a time: whole tiles of every kind.
 const ROUNDED_ROWS: usize = 5 * ROWS;
 /// Words of packed pieces that are kept for a task's next rows.
@@ -85,6 +90,8 @@ pub(crate) enum Start<'a> {
     Row(&'a [f32]),
     /// A matrix of the result's shape, row by row.
     Matrix(&'a [f32]),
+    /// A product of the result's shape, as far as a mask keeps it.
+    Masked(Product<'a>, &'a Mask),
 }
 
 /// A result's own memory as f32, if that is what it is.
@@ -146,28 +153,38 @@ fn write<T: Element>(
     to: &mut [MaybeUninit<T>],
 ) {
     assert_shapes([m, n], products);
+    if let Start::Masked(product, _) = start {
+        assert_shapes([m, n], &[product]);
+    }
     match start {
         Start::Row(row) => assert_eq!(row.len(), n, "the first row's length"),
         Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "the first matrix's size"),
-        Start::Zero => {}
+        Start::Zero | Start::Masked(..) => {}
     }
     assert!(to.len() >= m * n, "the result is too small");
     if m * n == 0 {
         return;
     }
     if m <= dot::ROWS && products.iter().all(|product| dot::serves(&product.right)) {
+        if let Start::Masked(product, mask) = start {
+            let mut first = sum_with::<f32>(isa, [m, n], Start::Zero, &[product]);
+            mask.apply_to(isa, &mut first);
+            return write_few(isa, [m, n], Start::Matrix(&first), products, to);
+        }
         return write_few(isa, [m, n], start, products, to);
     }
+    let first = if let Start::Masked(product, _) = start { Some(product) } else { None };
+    let products: Vec<_> = first.into_iter().chain(products.iter().copied()).collect();
     let kernel = Kernel::of(isa);
-    let lefts = lefts(kernel, products);
-    let terms = terms(products, &lefts);
+    let lefts = lefts(kernel, &products);
+    let terms = terms(&products, &lefts);
     let sum = Sum { isa, kernel, n, start, terms: &terms };
 
-    let work = m * n * terms.iter().map(|term| term.right.rows).sum::<usize>();
-    let threads = if work < PARALLEL { 1 } else { rayon::current_num_threads() };
+    let steps = terms.iter().map(|term| term.right.rows).sum::<usize>();
+    let threads = if m * n * steps < PARALLEL { 1 } else { rayon::current_num_threads() };
     let out = Shared(to.as_mut_ptr().cast::<T>());
     let most = if terms.iter().any(|term| term.split) { SPLIT_COLUMNS } else { COLUMNS };
-    let tasks = tasks(kernel, [m, n], most, threads);
+    let tasks = tasks(kernel, [m, n], steps, most, threads);
     let run = |scratch: &mut Scratch, (rows, columns): (Range<usize>, Range<usize>)| {
         // SAFETY: the tasks' blocks partition the result, which has `n` elements in each row.
         unsafe { sum.task(rows, columns, &out, scratch) };
@@ -190,7 +207,7 @@ fn write_few<T: Element>(
         for (j, sums) in sums.iter_mut().enumerate() {
             for (i, sum) in sums.iter_mut().enumerate().take(m) {
                 *sum = match start {
-                    Start::Zero => 0.0,
+                    Start::Zero | Start::Masked(..) => 0.0,
                     Start::Row(row) => row[first + j],
                     Start::Matrix(matrix) => matrix[i * n + first + j],
                 };
@@ -230,28 +247,30 @@ impl Kept for Scratch {
     }
 }
 
-/// The blocks of the result, of at most so many columns.
+/// The blocks of the result of so many steps, of at most so many columns.
 fn tasks(
     kernel: Kernel,
     [m, n]: [usize; 2],
+    steps: usize,
     most: usize,
     threads: usize,
 ) -> Vec<(Range<usize>, Range<usize>)> {
-    let panels = n.div_ceil(kernel.columns);
-    let wanted = if threads == 1 { 1 } else { 2 * threads };
-    let mut across = panels.div_ceil((most / kernel.columns).max(1));
-    if across < wanted {
-        across = wanted.min(panels);
-    } else {
-        across = across.next_multiple_of(threads).min(panels);
-    }
     // Whole tiles of either kind, where there are two.
     let tall = match kernel.pairs {
         Some(pairs) if pairs.rows != kernel.rows => ROWS,
         _ => kernel.rows,
     };
-    let groups = m.div_ceil(tall);
-    let down = wanted.div_ceil(across).min(groups.div_ceil(4));
+    let (panels, groups) = (n.div_ceil(kernel.columns), m.div_ceil(tall));
+    let (wanted, possible) = (if threads == 1 { 1 } else { 2 * threads }, groups.div_ceil(4));
+    let in_rows = steps <= FEWEST_STEPS && threads <= possible;
+    let most = if in_rows { MOST_COLUMNS } else { most };
+    let mut across = panels.div_ceil((most / kernel.columns).max(1));
+    if !in_rows && across < wanted {
+        across = wanted.min(panels);
+    } else if !in_rows {
+        across = across.next_multiple_of(threads).min(panels);
+    }
+    let down = wanted.div_ceil(across).min(possible);
     let cut = |parts: usize, units: usize, size: usize, end: usize| {
         (0..parts).map(move |i| (i * units / parts * size)..((i + 1) * units / parts * size).min(end))
     };
@@ -266,6 +285,7 @@ struct Sum<'a> {
     kernel: Kernel,
     n: usize,
     start: Start<'a>,
+    /// The first of which is the start's, if that is a product.
     terms: &'a [Term<'a>],
 }
 
@@ -295,7 +315,9 @@ impl Sum<'_> {
         // Packed once for all rows, where it fits beside their sums.
         let pieces = self.pieces(columns.len());
         let size = pieces.iter().map(|piece| piece.size).sum::<usize>();
-        let at_once = size <= PACKED && rows.len() > ROUNDED_ROWS;
+        // As many sums, whatever the columns.
+        let most = (ROUNDED_ROWS * COLUMNS / width.max(1) / ROWS * ROWS).clamp(ROWS, ROUNDED_ROWS);
+        let at_once = size <= PACKED && rows.len() > most;
         if at_once {
             let mut to = room(&mut scratch.packed, size);
             for piece in &pieces {
@@ -304,7 +326,7 @@ impl Sum<'_> {
                 to = rest;
             }
         }
-        for rows in parts(rows.clone(), ROUNDED_ROWS) {
+        for rows in parts(rows.clone(), most) {
             scratch.sums.clear();
             scratch.sums.reserve(rows.len() * width);
             let sums = scratch.sums.as_mut_ptr();
@@ -315,7 +337,7 @@ impl Sum<'_> {
                     let mut packed = &scratch.packed[..];
                     for piece in &pieces {
                         let (panels, rest) = packed.split_at(piece.size);
-                        piece.block.add(panels, rows.clone(), width, sums, width, begun);
+                        self.add(piece, panels, rows.clone(), columns.clone(), sums, width, begun);
                         (packed, begun) = (rest, true);
                     }
                 } else {
@@ -337,7 +359,7 @@ impl Sum<'_> {
     /// `out` has the block's columns in each of its rows, `stride` apart.
     unsafe fn begin(&self, rows: Range<usize>, columns: Range<usize>, out: *mut f32, stride: usize) -> bool {
         let empty = self.terms.iter().all(|term| term.right.rows == 0);
-        if matches!(self.start, Start::Zero) && !empty {
+        if matches!(self.start, Start::Zero | Start::Masked(..)) && !empty {
             return false;
         }
         for (i, row) in rows.enumerate() {
@@ -346,7 +368,7 @@ impl Sum<'_> {
                 std::slice::from_raw_parts_mut(out.add(i * stride).cast::<MaybeUninit<f32>>(), columns.len())
             };
             match self.start {
-                Start::Zero => to.fill(MaybeUninit::new(0.0)),
+                Start::Zero | Start::Masked(..) => to.fill(MaybeUninit::new(0.0)),
                 Start::Row(from) => _ = to.write_copy_of_slice(&from[columns.clone()]),
                 Start::Matrix(from) => {
                     to.write_copy_of_slice(&from[row * self.n..][columns.clone()]);
@@ -374,8 +396,33 @@ impl Sum<'_> {
             let panels = room(packed, piece.size);
             piece.pack(self.isa, columns.clone(), panels);
             // SAFETY: the caller's promise.
-            unsafe { piece.block.add(panels, rows.clone(), columns.len(), out, stride, accumulate) };
+            unsafe { self.add(&piece, panels, rows.clone(), columns.clone(), out, stride, accumulate) };
             accumulate = true;
+        }
+    }
+
+    /// Adds a packed piece to `out`, or writes it there; where it is the last one that is masked, masks what is there.
+    ///
+    /// # Safety
+    /// As for [`Block::add`].
+    #[expect(clippy::too_many_arguments, reason = "a block of a matrix, and what is added to it")]
+    unsafe fn add(
+        &self,
+        piece: &Piece,
+        panels: &[f32],
+        rows: Range<usize>,
+        columns: Range<usize>,
+        out: *mut f32,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let (first, dims) = (rows.start * self.n + columns.start, [rows.len(), columns.len(), stride]);
+        // SAFETY: the caller's promise; the piece has written all of the block.
+        unsafe {
+            piece.block.add(panels, rows, columns.len(), out, stride, accumulate);
+            if let Some(mask) = piece.mask {
+                mask.apply(self.isa, [first, self.n], dims, out);
+            }
         }
     }
 
@@ -384,7 +431,7 @@ impl Sum<'_> {
         let kernel = self.kernel;
         let padded = columns.next_multiple_of(kernel.columns);
         let mut pieces: Vec<Piece> = Vec::new();
-        for &Term { ref left, parts, ref right, split } in self.terms {
+        for (i, &Term { ref left, parts, ref right, split }) in self.terms.iter().enumerate() {
             let pairs = kernel.pairs.filter(|_| split || takes_pairs(kernel.pairs, left, right));
             for range in cut(pairs, right.rows) {
                 let words = tiles::words(pairs, split, range.len());
@@ -398,9 +445,12 @@ impl Sum<'_> {
                     }
                     _ => {
                         let block = Block { steps, then: None, padded };
-                        pieces.push(Piece { block, rights: vec![right], size });
+                        pieces.push(Piece { block, rights: vec![right], size, mask: None });
                     }
                 }
+            }
+            if let (0, Start::Masked(_, mask), Some(last)) = (i, self.start, pieces.last_mut()) {
+                last.mask = Some(mask);
             }
         }
         pieces
@@ -413,13 +463,16 @@ struct Piece<'a> {
     rights: Vec<&'a Matrix<'a>>,
     /// Words of all panels.
     size: usize,
+    /// What masks the sums, once it is added.
+    mask: Option<&'a Mask>,
 }
 
 impl Piece<'_> {
     /// Whether these are a few steps to be added with its own.
     fn takes(&self, steps: &Steps) -> bool {
         let Block { steps: first, then, .. } = &self.block;
-        then.is_none() && first.pairs.is_some() && steps.pairs.is_some() && steps.range.len() <= FEW_STEPS
+        let is_open = then.is_none() && self.mask.is_none();
+        is_open && first.pairs.is_some() && steps.pairs.is_some() && steps.range.len() <= FEW_STEPS
     }
 
     /// Packs its parts of the right matrices.

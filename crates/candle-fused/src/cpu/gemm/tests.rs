@@ -9,6 +9,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::cpu::dispatch::instruction_sets;
+use crate::ops::lora_linear::Dropout;
 
 /// Small multiples of 1/8: exact in every dtype.
 fn value(i: usize) -> f32 {
@@ -64,6 +65,39 @@ impl Stored {
     }
 }
 
+/// A product that a mask keeps half of.
+struct Masks {
+    left: Stored,
+    right: Stored,
+    dropout: Dropout,
+    mask: Mask,
+}
+
+impl Masks {
+    fn new([m, k, n]: [usize; 3], lies: Lies) -> Self {
+        let dropout = Dropout { p: 0.5, seed: (m * n) as u64 };
+        Self {
+            left: Stored::new([m, k], Lies::Rows, 5),
+            right: Stored::new([k, n], lies, 6),
+            dropout,
+            mask: Mask::new(dropout, m * n),
+        }
+    }
+
+    /// With matrices of these dtypes.
+    fn start(&self, [left, right]: [usize; 2]) -> Start<'_> {
+        let product = Product { left: self.left.matrices()[left], right: self.right.matrices()[right] };
+        Start::Masked(product, &self.mask)
+    }
+
+    fn at(&self, i: usize, j: usize) -> f64 {
+        let index = i * self.right.dims[1] + j;
+        let factor = self.dropout.factors(index as u64 / 4)[index % 4];
+        let sum = (0..self.left.dims[1]).map(|k| self.left.at(i, k) * self.right.at(k, j)).sum::<f64>();
+        if factor == 0.0 { 0.0 } else { sum }
+    }
+}
+
 fn exact(start: impl Fn(usize, usize) -> f64, terms: &[(&Stored, &Stored)], [m, n]: [usize; 2]) -> Vec<f64> {
     let element = |i: usize, j: usize| {
         let dot = |(left, right): &(&Stored, &Stored)| -> f64 {
@@ -108,10 +142,12 @@ fn sums_are_exact_in_every_shape_layout_and_dtype() {
             let (more_left, more_right) =
                 (Stored::new([m, 3], lies[case / 2 % 3], 3), Stored::new([3, n], lies[case / 5 % 3], 4));
             let first: Vec<f32> = (0..m * n).map(value).collect();
-            let (start, at): (Start, Box<dyn Fn(usize, usize) -> f64>) = match case % 3 {
+            let masked = Masks::new([m, 40, n], lies[case / 4 % 3]);
+            let (start, at): (Start, Box<dyn Fn(usize, usize) -> f64>) = match case % 4 {
                 0 => (Start::Zero, Box::new(|_, _| 0.0)),
                 1 => (Start::Row(&first[..n]), Box::new(|_, j| f64::from(value(j)))),
-                _ => (Start::Matrix(&first), Box::new(move |i, j| f64::from(value(i * n + j)))),
+                2 => (Start::Matrix(&first), Box::new(move |i, j| f64::from(value(i * n + j)))),
+                _ => (masked.start([case % 3, case / 3 % 3]), Box::new(|i, j| masked.at(i, j))),
             };
             for (l, left_matrix) in left.matrices().into_iter().enumerate() {
                 for (r, right_matrix) in right.matrices().into_iter().enumerate() {
@@ -153,12 +189,19 @@ fn sums_of_large_products_are_exact() {
     let row: Vec<f32> = (0..n).map(value).collect();
     let terms = [(&left, &right), (&more_left, &more_right)];
     let sum = exact(|_, j| f64::from(value(j)), &terms, [m, n]);
+    let masked = Masks::new([m, 300, n], Lies::Rows);
+    let beside_masked = exact(|i, j| masked.at(i, j), &terms, [m, n]);
     for (isa, at) in instruction_sets().flat_map(|isa| (0..3).map(move |at| (isa, at))) {
         let products =
             terms.map(|(left, right)| Product { left: left.matrices()[0], right: right.matrices()[at] });
         let what = format!("{at}");
         check(isa, &what, [m, n], Start::Row(&row), &products, &sum, |x| x as f32);
         check(isa, &what, [m, n], Start::Row(&row), &products, &sum, |x| bf16::from_f32(x as f32));
+        for left in [0, 2] {
+            let (start, what) = (masked.start([left, at]), format!("{at}, {left} masked"));
+            check(isa, &what, [m, n], start, &products, &beside_masked, |x| x as f32);
+            check(isa, &what, [m, n], start, &products, &beside_masked, |x| bf16::from_f32(x as f32));
+        }
     }
 }
 

@@ -52,6 +52,16 @@ pub(crate) trait Lanes:
     fn store_f16(self, to: &mut Room<f16>);
     fn store_bf16(self, to: &mut Room<bf16>);
 
+    /// 1 in each lane whose bit is set, the lowest first, else 0.
+    #[inline(always)]
+    fn of_bits(bits: u16) -> Self {
+        let (bits, mut lanes) = (u32::from(bits), [0.0; LANES]);
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane = if bits & 1 << i == 0 { 0.0 } else { 1.0 };
+        }
+        Self::load(&lanes)
+    }
+
     /// [`Element::store`] of two, one after the other.
     #[inline(always)]
     fn store_both<T: Element>(first: Self, second: Self, to: &mut [MaybeUninit<T>; 2 * LANES]) {

@@ -70,6 +70,16 @@ fn numbers() -> Vec<Piece<f32>> {
 }
 
 #[test]
+fn bits_are_lanes() {
+    with_lanes!(|isa: L| {
+        for bits in [0, 1, 0x8000, 0x5A3C, 0xFFFF] {
+            let expected: Piece<f32> = std::array::from_fn(|i| f32::from(bits >> i & 1));
+            assert_eq!(L::of_bits(bits).to_array(), expected, "{isa:?} {bits:x}");
+        }
+    });
+}
+
+#[test]
 fn storage_of_16_bits_is_rounded_as_half_rounds() {
     fn check<T: Element, L: Lanes>(isa: Isa, bits: fn(T) -> u16, round: fn(f32) -> T, nan: fn(T) -> bool) {
         let all = numbers();

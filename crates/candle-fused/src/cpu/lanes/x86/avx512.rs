@@ -111,6 +111,11 @@ impl<const NATIVE: bool> Lanes for Avx512<NATIVE> {
     }
 
     #[inline(always)]
+    fn of_bits(bits: u16) -> Self {
+        Self(x86!(_mm512_maskz_mov_ps(bits, _mm512_set1_ps(1.0))))
+    }
+
+    #[inline(always)]
     fn load(from: &Piece<f32>) -> Self {
         Self(x86!(_mm512_loadu_ps(from.as_ptr())))
     }
