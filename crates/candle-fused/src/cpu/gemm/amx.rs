@@ -1,5 +1,5 @@
 //! The bf16 tile on Intel's matrix unit, AMX (Intel SDM volume 1, chapter 18): 32 × 32 sums in four of its eight
-//! registers, and 32 steps of both matrices in the others.
+//! registers, and 32 steps of both matrices in the others; 16 × 32 in two of them where there are no more rows.
 //!
 //! A register is up to 16 rows of 64 bytes. The packed right matrix is what it wants as it is: a pair of steps a row, 16
 //! columns of pairs. The left matrix is read where it lies.
@@ -89,12 +89,12 @@ unsafe fn configure(configuration: &Configuration) {
 /// # Safety
 /// That of [`PairTileFn`](super::kernel::PairTileFn), for all [`SIDE`] columns; after [`begin`].
 pub(super) unsafe fn tile(tile: &Tile, steps: &[PairSteps], out: *mut f32) {
-    if tile.rows == SIDE {
-        // SAFETY: the caller's promise.
-        return unsafe { configured(tile, HALF, steps, out) };
-    }
-    // With few rows both halves are the same rows, computed twice.
+    // With few rows there is one half, or both are the same rows, computed twice.
     let first = if tile.rows > HALF { HALF } else { 0 };
+    if tile.rows.is_multiple_of(HALF) {
+        // SAFETY: the caller's promise.
+        return unsafe { configured(tile, first, steps, out) };
+    }
     let size = [if first > 0 { HALF } else { tile.rows }, tile.rows - first];
     let partial = Configuration::of(size.map(|rows| u8::try_from(rows).unwrap_or(16)));
     // SAFETY: the unit is configured, so it is usable, and no register's content outlives a tile.
@@ -200,7 +200,7 @@ struct Sums {
     upper: *mut f32,
     lower: *mut f32,
     row_bytes: usize,
-    /// The lower half's first row.
+    /// The lower half's first row; 0 where that is the upper half again.
     first: usize,
 }
 
@@ -211,6 +211,18 @@ impl Sums {
     /// The unit is configured; each half's rows, as many as the configuration says, have the blocks' steps, and `right` has
     /// them packed for [`SIDE`] columns; the halves' sums are writable, and initialised if they are added to.
     unsafe fn add(&self, steps: &[PairSteps], accumulate: bool) {
+        let alone = self.first == 0 && steps.iter().all(|steps| steps.parts == 1 && steps.split == 0);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if alone { self.add_to_upper(steps, accumulate) } else { self.add_to_both(steps, accumulate) }
+        };
+    }
+
+    /// [`Self::add`] to both halves.
+    ///
+    /// # Safety
+    /// That of [`Self::add`].
+    unsafe fn add_to_both(&self, steps: &[PairSteps], accumulate: bool) {
         // SAFETY: registers are loaded from and stored to what the caller promises.
         unsafe {
             asm!(
@@ -312,6 +324,59 @@ impl Sums {
                 back = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+    /// [`Self::add`] where both halves are one, and no product is in parts.
+    ///
+    /// # Safety
+    /// That of [`Self::add`].
+    unsafe fn add_to_upper(&self, steps: &[PairSteps], accumulate: bool) {
+        // SAFETY: registers are loaded from and stored to what the caller promises.
+        unsafe {
+            asm!(
+                "test {accumulate}, {accumulate}",
+                "jz 2f",
+                "tileloadd tmm0, [{sums} + {stride} * 1]; tileloadd tmm1, [{sums} + {stride} * 1 + 64]",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0; tilezero tmm1",
+                // The next product's.
+                "3:",
+                "mov {blocks}, [{steps} + {k}]",
+                "shr {blocks}, 5",
+                "jz 5f",
+                "mov {from}, [{steps} + {left}]",
+                "mov {left_stride}, [{steps} + {row_stride}]",
+                "add {left_stride}, {left_stride}",
+                "mov {right}, [{steps} + {panel}]",
+                "4:",
+                "tileloadd tmm4, [{from} + {left_stride} * 1]",
+                next_right!("0"),
+                "tdpbf16ps tmm0, tmm4, tmm6; tdpbf16ps tmm1, tmm4, tmm7",
+                "add {from}, 64; add {right}, 2048",
+                "dec {blocks}; jnz 4b",
+                "5:",
+                "add {steps}, {size}",
+                "dec {count}; jnz 3b",
+                "tilestored [{sums} + {stride} * 1], tmm0; tilestored [{sums} + {stride} * 1 + 64], tmm1",
+                accumulate = in(reg) usize::from(accumulate),
+                sums = in(reg) self.upper,
+                stride = in(reg) self.row_bytes,
+                steps = inout(reg) steps.as_ptr() => _,
+                size = const size_of::<PairSteps>(),
+                left = const offset_of!(PairSteps, left),
+                row_stride = const offset_of!(PairSteps, row_stride),
+                panel = const offset_of!(PairSteps, right),
+                k = const offset_of!(PairSteps, k),
+                count = inout(reg) steps.len() => _,
+                from = out(reg) _,
+                left_stride = out(reg) _,
+                right = out(reg) _,
+                right_stride = in(reg) SIDE * size_of::<u32>(),
+                blocks = out(reg) _,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
