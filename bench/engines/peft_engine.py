@@ -55,6 +55,7 @@ class Engine:
         lora = peft.LoraConfig(
             r=training["rank"],
             lora_alpha=training["alpha"],
+            lora_dropout=training["dropout"],
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )

@@ -117,6 +117,9 @@ struct Options {
     /// Seconds that an engine may take for its first training step, compiling included [default: 75 on a GPU]
     #[arg(long, value_name = "SECONDS")]
     first_step: Option<f64>,
+    /// Dropout of LoRA's input in all training steps
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    dropout: f32,
     /// Measure what is not fused, too, and say so
     #[arg(long)]
     allow_fallback: bool,
@@ -342,6 +345,7 @@ impl Options {
         let mut wanted = training::all(device);
         for training in &mut wanted {
             training.first_step_seconds = self.first_step.unwrap_or(training.first_step_seconds);
+            training.dropout = self.dropout;
         }
         let mut paces = trainings::Pace::new();
         for training in wanted.iter().filter(|t| self.is_wanted(&t.id()) && (!self.small || t.is_small())) {

@@ -19,6 +19,9 @@ pub struct Training {
     pub stored: Option<Dtype>,
     pub rank: usize,
     pub alpha: f64,
+    /// Of LoRA's input.
+    #[serde(default)]
+    pub dropout: f32,
     pub learning_rate: f64,
     /// Fresh processes of every engine.
     pub processes: usize,
@@ -37,7 +40,8 @@ impl Training {
     /// Its name in tables.
     pub fn id(&self) -> String {
         let stored = self.stored.map(|stored| format!(" of {} weights", stored.name())).unwrap_or_default();
-        format!("{} {}x{} {}{stored}", self.name, self.batch, self.tokens, self.dtype.name())
+        let dropout = if self.dropout > 0.0 { format!(" dropout {}", self.dropout) } else { String::new() };
+        format!("{} {}x{} {}{stored}{dropout}", self.name, self.batch, self.tokens, self.dtype.name())
     }
 
     /// Part of the small set.
@@ -69,6 +73,7 @@ pub fn all(device: DeviceName) -> Vec<Training> {
         stored: None,
         rank: rank as usize,
         alpha: 2.0 * f64::from(rank),
+        dropout: 0.0,
         learning_rate: 1e-3,
         processes: if name == "tiny" { 2 } else { 1 },
         warmup,

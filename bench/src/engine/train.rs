@@ -34,7 +34,7 @@ pub fn run(library: Library, training: &Training, device: &Device) -> Result<Tra
     for step in 0..training.warmup + training.steps {
         device.synchronize()?;
         let start = Instant::now();
-        let (loss, mut gradients) = accumulate(&model, std::slice::from_ref(&batch), step, |_| SEED)?;
+        let (loss, mut gradients) = accumulate(&model, std::slice::from_ref(&batch), step, |_| step as u64)?;
         let norms = gradients.norms()?;
         gradients.clip(&norms, CLIP)?;
         optimizer.step(model.parameters(), &gradients, training.learning_rate)?;
@@ -71,6 +71,7 @@ fn model(training: &Training, device: &Device) -> Result<FineTune> {
     let config = LoraConfig {
         r: training.rank,
         lora_alpha: training.alpha,
+        lora_dropout: training.dropout,
         target_modules: Some(Modules::from_option("all-linear")),
         ..LoraConfig::default()
     };
