@@ -1,7 +1,7 @@
 //! A frozen linear layer with its LoRA adapter (Hu et al., 2021): `y = x·Wᵀ + bias + s·D(x)·Aᵀ·Bᵀ`, `D` the dropout.
 //!
 //! With the rows `x [n, in]`, the saved `h = s·D(x)·Aᵀ [n, r]` and `e = s·g·B [n, r]`:
-//! `dx = g·W + D(e·A)`, `dA = eᵀ·D(x)`, `dB = gᵀ·h`. The backward recomputes the dropout's mask.
+//! `dx = g·W + D(e·A)`, `dA = eᵀ·D(x)`, `dB = gᵀ·h`.
 
 use candle_core::{Result, Tensor, bail};
 
