@@ -11,7 +11,7 @@ use super::dispatch::{self, Isa, Vectorised};
 use super::lanes::{Element, LANES, Lanes, as_room};
 use super::rows::{Row, RowLoop, map};
 use super::spread::spread;
-use crate::ops::lora_linear::Dropout;
+use crate::ops::dropout::Dropout;
 use crate::philox::{halves, philox4x32};
 
 /// Elements of a word, and counters, each of which makes four.

@@ -19,7 +19,7 @@ use super::low_rank::{Backward, Block, Delta, Inner, Rows};
 use super::mask::{Mask, Masked};
 use super::rows::{self, In, Out, Row, RowLoop};
 use super::{cross_entropy, elements, gated, norm, rope, softmax};
-use crate::ops::lora_linear::Dropout;
+use crate::ops::dropout::Dropout;
 
 const LENGTHS: std::ops::RangeInclusive<usize> = 0..=130;
 

@@ -5,7 +5,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-pub use super::low_rank::Dropout;
+use super::dropout::Dropout;
 use super::low_rank::{self, LoraLayout, LowRank};
 use crate::backend;
 

@@ -8,6 +8,7 @@ pub mod add;
 pub mod attention;
 mod attention_products;
 pub mod cross_entropy;
+pub mod dropout;
 pub mod frozen_linear;
 mod gated;
 pub mod gelu_mul;

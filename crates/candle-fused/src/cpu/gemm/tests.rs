@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::cpu::dispatch::instruction_sets;
-use crate::ops::lora_linear::Dropout;
+use crate::ops::dropout::Dropout;
 
 /// Small multiples of 1/8: exact in every dtype.
 fn value(i: usize) -> f32 {
@@ -168,7 +168,7 @@ fn sums_are_exact_in_every_shape_layout_and_dtype() {
 #[test]
 fn many_tasks_cover_a_large_result() {
     for isa in instruction_sets() {
-        for (m, n) in [(1100, 40), (40, 1100), (601, 530)] {
+        for (m, n) in [(1100, 40), (40, 1100), (601, 530), (700, 1100)] {
             let (left, right) = (Stored::new([m, 40], Lies::Rows, 1), Stored::new([40, n], Lies::Columns, 2));
             let sum = exact(|_, _| 0.0, &[(&left, &right)], [m, n]);
             let product = Product { left: left.matrices()[0], right: right.matrices()[0] };
