@@ -318,6 +318,58 @@ pub(crate) fn sum_of_products(
     product_onto(left, right, 1.0, Place::Onto(low))
 }
 
+/// `left·right + h·r + bias` and `h = scale·left·projection` as [`sum_of_products`] and [`product_onto`] give them, by one
+/// kernel, where the device has one that serves.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(clippy::unnecessary_wraps, reason = "a build without such a device has no kernel that fails")
+)]
+pub(crate) fn adapted_product(
+    [left, right]: [&Tensor; 2],
+    [projection, r]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+    scale: f32,
+) -> Result<Option<[Tensor; 2]>> {
+    match left.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => hopper::adapted::forward(
+            device,
+            &hopper::adapted::Product { left, right, projection, r, scale },
+            bias,
+        ),
+        _ => {
+            let _ = (right, projection, r, bias, scale);
+            Ok(None)
+        }
+    }
+}
+
+/// For a layer's gradient `g [n, out]`, frozen `weight [out, in]`, `a [r, in]`, `b [out, r]`, input `x` and `h`: with
+/// `e = scale·g·b`, `g·weight + e·a`, and in `factor` `eᵀ·x` and `gᵀ·h`, where the device has a kernel for all of it.
+#[cfg_attr(
+    not(feature = "cuda"),
+    expect(clippy::unnecessary_wraps, reason = "a build without such a device has no kernel that fails")
+)]
+pub(crate) fn adapted_gradient(
+    [g, weight]: [&Tensor; 2],
+    [a, b]: [&Tensor; 2],
+    [x, h]: [&Tensor; 2],
+    scale: f32,
+    factor: DType,
+) -> Result<Option<[Tensor; 3]>> {
+    match g.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            let product = hopper::adapted::Product { left: g, right: weight, projection: b, r: a, scale };
+            hopper::adapted::backward(device, &product, [x, h], factor)
+        }
+        _ => {
+            let _ = (weight, a, b, x, h, scale, factor);
+            Ok(None)
+        }
+    }
+}
+
 /// `scale·g·b [n, r]` in the dtype of `g`, and `gᵀ·h [out, r]` in `factor`, for `g [n, out]`, `b [out, r]` and `h [n, r]`, where
 /// [`fewest_for_products`] has an answer: by one pass over `g`, where the device has a kernel for it that serves.
 pub(crate) fn low_rank_gradient([g, b, h]: [&Tensor; 3], scale: f32, factor: DType) -> Result<[Tensor; 2]> {

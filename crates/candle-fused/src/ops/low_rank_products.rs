@@ -1,9 +1,10 @@
 //! LoRA on a device whose products add to what is there ([`product_onto`]).
 //!
 //! The base product is bound by arithmetic and the rest by memory, so the rest makes the fewest passes. Where the device has
-//! kernels for it (`sum_of_products`, `low_rank_gradient`: Hopper), the update is part of the base product's sum, and one
-//! pass over the gradient serves both that need it. Elsewhere `y` is written once as `h·Bᵀ`, and the base product adds
-//! itself to it, reading it while it multiplies; `dx = e·A` likewise.
+//! kernels for it (Hopper), it makes none: `h`, `e` and the factors' gradients come of what the base products read
+//! (`adapted_product`, `adapted_gradient`), or at least the update is part of their sums, and one pass over the gradient serves
+//! both that need it (`sum_of_products`, `low_rank_gradient`). Elsewhere `y` is written once as `h·Bᵀ`, and the base product
+//! adds itself to it, reading it while it multiplies; `dx = e·A` likewise.
 //!
 //! Factors, `h` and `e` are in the dtype of `x`: f32 factors beside a bf16 `x`, whose range they share, are rounded for
 //! the products. Sums are f32, and the factors' gradients are rounded to their own dtype. Dropout takes a pass of its own,
@@ -14,7 +15,8 @@ use candlewick_kernels::lora::{Lora as Plans, LoraGradients};
 
 use super::low_rank::LowRank;
 use crate::backend::{
-    Attempt, Place, fewest_for_products, gpu, low_rank_gradient, product_onto, sum_of_products,
+    Attempt, Place, adapted_gradient, adapted_product, fewest_for_products, gpu, low_rank_gradient,
+    product_onto, sum_of_products,
 };
 
 /// Whether these are the way for `x [n, in]`, `a [r, in]` and `b [out, r]`.
@@ -70,8 +72,13 @@ pub(super) fn forward(
     let dtype = x.dtype();
     let mask = Mask::of(call, [x, a, b])?;
     let scale = call.scaling * factor(mask.as_ref());
-    let h = product_onto(&masked(mask.as_ref(), x)?, &a.to_dtype(dtype)?.t()?, scale, Place::Fresh(dtype))?;
-    let b = b.to_dtype(dtype)?.t()?;
+    let (a, b) = (a.to_dtype(dtype)?.t()?, b.to_dtype(dtype)?.t()?);
+    if let (Some(weight), None) = (&call.weight, &mask)
+        && let Some([y, h]) = adapted_product([x, &weight.t()?], [&a, &b], bias, scale)?
+    {
+        return Ok((y, h));
+    }
+    let h = product_onto(&masked(mask.as_ref(), x)?, &a, scale, Place::Fresh(dtype))?;
     let y = match &call.weight {
         Some(weight) => sum_of_products([x, &weight.t()?], [&h, &b], bias)?,
         None => base(&h, &b, bias)?,
@@ -99,6 +106,16 @@ pub(super) fn gradients(
     let dtype = x.dtype();
     let mask = Mask::of(call, [x, a, b])?;
     let (mask, kept) = (mask.as_ref(), factor(mask.as_ref()));
+    if let (Some(weight), None) = (&call.weight, mask)
+        && wanted == (LoraGradients { x: true, a: true, b: true })
+        && a.is_contiguous()
+        && b.is_contiguous()
+    {
+        let factors = [&a.to_dtype(dtype)?, &b.to_dtype(dtype)?];
+        if let Some(all) = adapted_gradient([grad, weight], factors, [x, h], call.scaling, a.dtype())? {
+            return Ok(all.map(Some));
+        }
+    }
     let mut gradients = [None, None, None];
     let wants_e = wanted.x || wanted.a;
     let e = if wants_e && wanted.b && b.is_contiguous() {

@@ -72,8 +72,7 @@ pub(in crate::backend) fn forward(
         |[of_q, of_k, of_v, of_y, logarithms]| {
             let Some(tiled) = sources([q, k, v, &y], [of_q, of_k, of_v, of_y]) else { return Ok(false) };
             // SAFETY: the tensors have the plan's shapes and one dtype; the last two are fresh, and as large as it says.
-            unsafe { queue(cuda.stream(), (&launch, &function), q.dtype(), &tiled, &[logarithms]) }?;
-            Ok(true)
+            unsafe { queue(cuda.stream(), (&launch, &function), q.dtype(), &tiled, &[logarithms]) }
         },
     )?;
     Ok(queued.then_some([y, logarithms]))
@@ -120,11 +119,10 @@ pub(in crate::backend) fn backward(
             // runs after the first, which writes them.
             unsafe {
                 let tiled = [q, k, v, y, grad, grad_q];
-                queue(cuda.stream(), (&queries, &of_queries), dtype, &tiled, &rows)?;
+                let queued = queue(cuda.stream(), (&queries, &of_queries), dtype, &tiled, &rows)?;
                 let tiled = [q, k, v, grad, grad_k, grad_v];
-                queue(cuda.stream(), (&keys, &of_keys), dtype, &tiled, &rows)?;
+                Ok(queued && queue(cuda.stream(), (&keys, &of_keys), dtype, &tiled, &rows)?)
             }
-            Ok(true)
         },
     )?;
     Ok(queued.then_some([grad_q, grad_k, grad_v]))

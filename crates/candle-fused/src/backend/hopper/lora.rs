@@ -1,24 +1,11 @@
 //! LoRA's products by the kernels of [`candlewick_kernels::hopper`].
 
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
-use candlewick_kernels::hopper::{GradientPass, LowRankGradient, ROW_ALIGNMENT, SumOfProducts};
+use candlewick_kernels::hopper::{GradientPass, LowRankGradient, SumOfProducts};
 
-use super::{Source, fresh, queue, warned};
-use crate::backend::cuda::{self, Cuda, Lies};
+use super::{Source, fresh, lies, queue, row_stride, warned};
+use crate::backend::cuda::{self, Cuda};
 use crate::backend::gpu;
-
-/// How a matrix lies, if tiles can have it: where it and its rows, or columns, begin at whole pieces of 16 bytes.
-fn lies(matrix: &Tensor) -> Result<Option<Lies>> {
-    let bytes = matrix.dtype().size_in_bytes();
-    let aligned = |at: usize| (at * bytes).is_multiple_of(ROW_ALIGNMENT);
-    let lies = Lies::of(matrix)?;
-    Ok(lies.filter(|lies| aligned(lies.stride) && aligned(matrix.layout().start_offset())))
-}
-
-/// From one row to the next, where tiles can have rows.
-fn row_stride(matrix: &Tensor) -> Result<Option<usize>> {
-    Ok(lies(matrix)?.filter(|lies| lies.in_rows).map(|lies| lies.stride))
-}
 
 /// `left·right + l·r + bias`, where there is a kernel that takes less time than the device's own products.
 pub(in crate::backend) fn sum_of_products(
@@ -56,19 +43,18 @@ pub(in crate::backend) fn sum_of_products(
     };
     let y = fresh((rows, columns), dtype, left)?;
     let tensors = [left, right, l, r, &y, bias.unwrap_or(l)];
-    cuda::with_addresses(cuda.stream(), tensors, |[left, right, l, r, y, bias]| {
-        let matrix = |address, stride| Source { address, strides: [stride; 3] };
+    let queued = cuda::with_addresses(cuda.stream(), tensors, |[left, right, l, r, y, bias]| {
         let matrices = [
-            matrix(left, left_stride),
-            matrix(right, of_right.stride),
-            matrix(l, l_stride),
-            matrix(r, of_r.stride),
-            matrix(y, columns),
+            Source::matrix(left, left_stride),
+            Source::matrix(right, of_right.stride),
+            Source::matrix(l, l_stride),
+            Source::matrix(r, of_r.stride),
+            Source::matrix(y, columns),
         ];
         // SAFETY: the shapes were checked against the plan, strides and offsets are the tensors' own; `y` is fresh.
         unsafe { queue(cuda.stream(), (&launch, &function), dtype, &matrices, &[bias]) }
     })?;
-    Ok(Some(y))
+    Ok(queued.then_some(y))
 }
 
 /// `scale·g·b` in the dtype of `g` and `gᵀ·h` in `factor`, for `g [n, out]`, `b [out, r]` and `h [n, r]`, by one pass over `g`,
@@ -105,81 +91,28 @@ pub(in crate::backend) fn low_rank_gradient(
     let [e_parts, d_parts] = parts;
     let scratch = fresh((1, e_parts + d_parts), DType::F32, g)?;
     let (e, d) = (fresh((rows, rank), dtype, g)?, fresh((columns, rank), factor, g)?);
-    cuda::with_addresses(cuda.stream(), [g, b, h, &scratch, &e, &d], |[g, b, h, scratch, e, d]| {
-        let matrix = |address, stride| Source { address, strides: [stride; 3] };
-        let matrices = [matrix(g, g_stride), matrix(b, b_stride), matrix(h, h_stride)];
+    let tensors = [g, b, h, &scratch, &e, &d];
+    let queued = cuda::with_addresses(cuda.stream(), tensors, |[g, b, h, scratch, e, d]| {
+        let matrices = [(g, g_stride), (b, b_stride), (h, h_stride)];
+        let matrices = matrices.map(|(address, stride)| Source::matrix(address, stride));
         let scratches = [scratch, scratch + (e_parts * size_of::<f32>()) as u64];
         // SAFETY: as above; the scratch is as large as the plan says, fresh like both results, and the second launch runs
         // after the first.
         unsafe {
-            queue(cuda.stream(), (&pass, &of_pass), dtype, &matrices, &scratches)?;
-            queue(cuda.stream(), (&sum, &of_sum), dtype, &[], &[scratches[0], scratches[1], e, d])
+            let queued = queue(cuda.stream(), (&pass, &of_pass), dtype, &matrices, &scratches)?;
+            Ok(queued
+                && queue(cuda.stream(), (&sum, &of_sum), dtype, &[], &[scratches[0], scratches[1], e, d])?)
         }
     })?;
-    Ok(Some([e, d]))
+    Ok(queued.then_some([e, d]))
 }
 
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
 
-    use super::super::tests::hopper;
+    use super::super::tests::{across, assert_near, hopper, matrix, products, values};
     use super::*;
-
-    /// A matrix on the device, exact in f16 and bf16: a window of a wider one, `before` columns from its beginning.
-    fn matrix(device: &CudaDevice, dims: [usize; 2], before: usize, dtype: DType, seed: usize) -> Tensor {
-        let [rows, columns] = [dims[0] + 1, dims[1] + 2 * before];
-        let step = |i: usize| u8::try_from((i * 7919 + seed * 104_729) % 1009 % 33).unwrap();
-        let value = |i| f32::from(step(i)) / 16.0 - 1.0;
-        let values: Vec<f32> = (0..rows * columns).map(value).collect();
-        let wide = Tensor::from_vec(values, (rows, columns), &Device::Cuda(device.clone())).unwrap();
-        let wide = wide.to_dtype(dtype).unwrap();
-        wide.narrow(0, 1, dims[0]).unwrap().narrow(1, before, dims[1]).unwrap()
-    }
-
-    /// As [`matrix`], with columns that lie in one piece.
-    fn across(
-        device: &CudaDevice,
-        [rows, columns]: [usize; 2],
-        before: usize,
-        dtype: DType,
-        seed: usize,
-    ) -> Tensor {
-        matrix(device, [columns, rows], before, dtype, seed).t().unwrap()
-    }
-
-    fn exact(matrix: &Tensor) -> Tensor {
-        matrix.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().contiguous().unwrap()
-    }
-
-    fn values(matrix: &Tensor) -> Vec<f64> {
-        exact(matrix).flatten_all().unwrap().to_vec1().unwrap()
-    }
-
-    /// Sums of exact products, and the sums of their absolute values.
-    fn products(pairs: &[[&Tensor; 2]], scale: f64) -> [Vec<f64>; 2] {
-        [false, true].map(|absolute| {
-            let of = |matrix: &Tensor| if absolute { exact(matrix).abs().unwrap() } else { exact(matrix) };
-            let product = |[left, right]: &[&Tensor; 2]| of(left).matmul(&of(right)).unwrap();
-            let sum = pairs.iter().map(product).reduce(|sum, product| (sum + product).unwrap()).unwrap();
-            values(&(sum * scale).unwrap())
-        })
-    }
-
-    /// One rounding to the result's type, and f32 sums whose terms are cut off, not rounded.
-    fn assert_near(got: &Tensor, [expected, magnitudes]: &[Vec<f64>; 2], what: &str) {
-        let rounding = match got.dtype() {
-            DType::BF16 => 2f64.powi(-8),
-            DType::F16 => 2f64.powi(-11),
-            _ => 2f64.powi(-24),
-        };
-        for (i, (got, (expected, magnitude))) in
-            values(got).iter().zip(expected.iter().zip(magnitudes)).enumerate()
-        {
-            let bound = rounding * 1.01 * expected.abs() + magnitude * 2f64.powi(-20) + 1e-7;
-            assert!((got - expected).abs() <= bound, "{what}: {got} for {expected} at {i}, bound {bound}");
-        }
-    }
 
     #[test]
     fn a_sum_of_products_is_rounded_once() {
