@@ -5,13 +5,13 @@ use super::{BOX, Launch, Text, Tiled, UNIT};
 use crate::launch::Storage;
 use crate::params::{Params, small};
 
-/// Parts in a band, of those that clusters take one after another.
+/// `GROUP` of `product.h`: parts, one below the other, of a band.
 const BAND: usize = 8;
-/// Steps before the last with which the backward reads its input.
+/// `LATE` of `adapted_product.cu`: before so many last steps the backward needs `l`.
 const LATE: usize = 4;
 /// Rows that share a counter, and whose parts of a gradient are one.
 const ROWS: usize = PART_ROWS / CLUSTER;
-/// Threads that sum parts of gradients, and the columns that they do it for.
+/// Of `adapted_product_sum`: threads of a threadgroup, and the columns that it sums parts for.
 const SUM: (u32, usize) = (512, 32);
 
 /// `y = L·R + l·r + bias` with `l = scale·L·P`, for `L [rows, inner]`, `R [inner, columns]`, `P [inner, rank]` and
@@ -179,34 +179,39 @@ mod tests {
 
     #[test]
     fn leads_share_all_steps_and_are_at_work_at_once() {
+        const CLUSTERS: usize = 66;
         for way in [Way::Forward { bias: false }, BACKWARD] {
-            for [rows, columns, inner] in [
-                [2048, 2048, 2048],
-                [8192, 4096, 4096],
-                [1000, 520, 584],
-                [2062, 712, 968],
-                [4096, 8192, 2048],
-                [4096, 2048, 8192],
-                [256, 4096, 512],
-            ] {
-                for multiprocessors in [132, 114, 78] {
-                    let product = product(rows, columns, inner, way);
-                    let Some(pass) = product.launches(multiprocessors) else { continue };
-                    let case = format!("{rows}x{columns}x{inner} {way:?} {multiprocessors}");
-                    let [leads, slice] = product.leads(multiprocessors / CLUSTER).unwrap();
-                    let steps = 2 * inner.div_ceil(128);
+            for (pairs, across) in (1..=24).flat_map(|pairs| (1..=20).map(move |across| (pairs, across))) {
+                for down in [1, 3, 8, 40] {
+                    let product = product(down * PART_ROWS, across * PART_COLUMNS, pairs * 128, way);
+                    let case = format!("{pairs} {across} {down} {way:?}");
+                    let Some([leads, slice]) = product.leads(CLUSTERS) else {
+                        assert!(across == 1 || pairs < 4, "{case}");
+                        continue;
+                    };
+                    let steps = 2 * pairs;
                     assert!(leads * slice >= steps && (leads - 1) * slice < steps, "{case}");
-                    assert!(slice.is_multiple_of(2) && leads <= columns.div_ceil(PART_COLUMNS), "{case}");
-                    let height = rows.div_ceil(PART_ROWS).min(BAND);
-                    assert!(leads * height <= multiprocessors / CLUSTER, "{case}");
-                    assert_eq!(pass.parts[0], pass.counters * leads * 2048, "{case}");
-                    assert_eq!(pass.sum.is_some(), way == BACKWARD);
-                    assert!(pass.product.shared_bytes <= MOST_SHARED_BYTES, "{}", pass.product.shared_bytes);
+                    assert!(slice.is_multiple_of(2) && (2..=across).contains(&leads), "{case}");
+                    assert!(leads * down.min(BAND) <= CLUSTERS, "{case}");
+                    // As the kernel orders them: the second half of the leads begin with their slices.
+                    for lead in 0..leads {
+                        let (begin, end) = (lead * slice, steps.min((lead + 1) * slice));
+                        let end = if lead < leads / 2 { end } else { end - begin };
+                        assert!(way != BACKWARD || end + LATE <= steps, "{case}");
+                    }
                 }
             }
         }
+    }
+
+    #[test]
+    fn scratch_and_launches_are_those_of_the_parts() {
+        let forward =
+            product(8192, 4096, 4096, Way::Forward { bias: true }).launches(MULTIPROCESSORS).unwrap();
+        assert_eq!((forward.counters, forward.parts, forward.sum), (64, [64 * 8 * 2048, 0, 0], None));
         let pass = product(8192, 4096, 4096, BACKWARD).launches(MULTIPROCESSORS).unwrap();
         assert_eq!(pass.product.threadgroups, [132, 1]);
+        assert!(pass.product.at_once && pass.product.shared_bytes <= MOST_SHARED_BYTES);
         assert_eq!(pass.counters, 64);
         assert_eq!(pass.parts, [64 * 8 * 2048, 64 * 4096 * 16, 64 * 4096 * 16]);
         assert_eq!(pass.product.tiles.len(), 8);

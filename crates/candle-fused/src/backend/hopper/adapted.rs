@@ -105,9 +105,9 @@ pub(in crate::backend) fn forward(
         tensors,
         |[left, right, projection, r, l, y, parts, counters, bias]| {
             let matrices = product.sources([left, right, projection, r, l, y], strides)?;
-            // SAFETY: the shapes were checked against the plan, strides and offsets are the tensors' own; `l`, `y` and the scratch
-            // are fresh and as large as the plan says. The counters are zero whenever no such launch is under way, and launches of
-            // one stream follow each other.
+            // SAFETY: the shapes were checked against the plan, strides and offsets are the tensors' own; `l`, `y` and the
+            // scratch are fresh and as large as the plan says. The counters are zero whenever no such launch is under way,
+            // and launches of one stream follow each other.
             unsafe {
                 queue(cuda.stream(), (&launch, &function), dtype, &matrices, &[l, parts, counters, bias])
             }
@@ -116,8 +116,8 @@ pub(in crate::backend) fn forward(
     Ok(queued.then_some([y, l]))
 }
 
-/// `left·right + l·r` of a product whose factors lie row after row, `lᵀ·input` and `leftᵀ·kept`, the latter two in `factor`, where
-/// there are kernels for it.
+/// `left·right + l·r` of a product whose factors lie row after row, `lᵀ·input` and `leftᵀ·kept`, the latter two in `factor`,
+/// where there are kernels for it.
 pub(in crate::backend) fn backward(
     device: &CudaDevice,
     product: &Product,
