@@ -462,13 +462,22 @@ impl<T: Element, R: RowLoop<N, M, P>, const N: usize, const M: usize, const P: u
         for (index, statistic) in (first..).zip(statistics) {
             let len = d.min(left);
             left -= len;
-            let inputs = cursors.each_mut().map(|cursor| In::new(cursor.next(len), cursor.ahead));
-            let outputs = outputs.each_mut().map(|outputs| {
-                let outputs = outputs.as_mut()?;
-                Some(Out::new(outputs.split_off_mut(..len).unwrap_or_default(), stream))
-            });
-            let sums = sums.each_mut().map(|sum| sum.as_deref_mut());
-            *statistic = row.row::<L, T>(Row { index, inputs, outputs, sums, scratch });
+            // Not by `map`, which is not inlined: rows may be short.
+            let mut inputs = [In::new(&[], 0); N];
+            for (input, cursor) in inputs.iter_mut().zip(&mut cursors) {
+                *input = In::new(cursor.next(len), cursor.ahead);
+            }
+            let mut to = [const { None }; M];
+            for (to, outputs) in to.iter_mut().zip(&mut outputs) {
+                if let Some(outputs) = outputs {
+                    *to = Some(Out::new(outputs.split_off_mut(..len).unwrap_or_default(), stream));
+                }
+            }
+            let mut add_to = [const { None }; P];
+            for (add_to, sum) in add_to.iter_mut().zip(&mut sums) {
+                *add_to = sum.as_deref_mut();
+            }
+            *statistic = row.row::<L, T>(Row { index, inputs, outputs: to, sums: add_to, scratch });
         }
         if stream {
             L::fence();

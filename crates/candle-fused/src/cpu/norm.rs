@@ -38,6 +38,13 @@ fn or_wide<T: Element>(squares: f32, x: &[T], mean: f32) -> f64 {
     }
 }
 
+/// Whether products of this sum have neither overflowed nor all vanished. (Those of a sum that is small by chance are found
+/// wanting, too.)
+#[inline(always)]
+fn is_good(sum: f32) -> bool {
+    (LEAST..f32::INFINITY).contains(&sum.abs())
+}
+
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "the final rounding to f32")]
 #[expect(clippy::cast_precision_loss, reason = "a row's length is far below 2^52")]
@@ -53,7 +60,7 @@ fn mean<L: Lanes, T: Element>(x: &[T]) -> f32 {
         [x],
         [],
         #[inline(always)]
-        |x, []| x,
+        |[total], [x]: [L; 1], []| [total + x],
     );
     let total = if total.is_finite() { f64::from(total) } else { wide_sum(x, |x| x) };
     (total / x.len() as f64) as f32
@@ -66,9 +73,9 @@ fn squares<L: Lanes, T: Element>(x: &[T], mean: f32) -> f64 {
         [x],
         [],
         #[inline(always)]
-        |[x]: [L; 1], []| {
+        |[squares], [x]: [L; 1], []| {
             let x = x - L::splat(mean);
-            [x * x]
+            [x.mul_add(x, squares)]
         },
     );
     or_wide(squares, x, mean)
@@ -81,7 +88,7 @@ fn centred<L: Lanes, T: Element>(x: &[T]) -> (f32, f64) {
         [x],
         [],
         #[inline(always)]
-        |[x]: [L; 1], []| [x, x * x],
+        |[total, squares], [x]: [L; 1], []| [total + x, x.mul_add(x, squares)],
     );
     if let Some(found) = centre::<T>(total, all, x.len()) {
         return found;
@@ -191,7 +198,7 @@ impl Backward<'_> {
     ) {
         let [x, g] = row.inputs;
         let ([mean, r], shift, along) = self.sums(&x, &g, weight, &h);
-        let (mean, r, shift, along) = (L::splat(mean), L::splat(r), L::splat(shift), L::splat(along));
+        let (mean, r, shift, along) = (L::splat(mean), L::splat(r), L::splat(shift), L::splat(-along));
         pass(
             [x, g],
             weight,
@@ -200,7 +207,8 @@ impl Backward<'_> {
             #[inline(always)]
             |[x, g]: [L; 2], w, [dw, db]: [L; 2]| {
                 let unit = (x - mean) * r;
-                let dx = r * (h(g, w) - shift - unit * along);
+                // The difference first: it may be all, or nothing.
+                let dx = unit.mul_add(along, h(g, w) - shift) * r;
                 ([dx], [g.mul_add(unit, dw), db + g])
             },
         );
@@ -217,18 +225,17 @@ impl Backward<'_> {
         h: &impl Fn(L, [L; K]) -> L,
     ) -> Option<(Moments, f32, f32)> {
         let len = x.len();
-        let [sum, squares, total, along, size] = sums::<1, L, T, 2, K, 5>(
+        let [sum, squares, total, along] = sums::<2, L, T, 2, K, 4>(
             [x, g],
             weight,
             #[inline(always)]
-            |[x, g]: [L; 2], w| {
+            |[sum, squares, total, along], [x, g]: [L; 2], w| {
                 let h = h(g, w);
-                let along = h * x;
-                [x, x * x, h, along, along.abs()]
+                [sum + x, x.mul_add(x, squares), total + h, h.mul_add(x, along)]
             },
         );
         let (mean, squares) = centre::<T>(sum, squares, len)?;
-        if !(LEAST..f32::INFINITY).contains(&size) || !total.is_finite() {
+        if !is_good(along) || !total.is_finite() {
             return None;
         }
         let r = reciprocal_deviation(squares, len, self.eps);
@@ -251,40 +258,37 @@ impl Backward<'_> {
         {
             return found;
         }
-        let (mean, [squares, total, along, size]) = if self.centred {
+        let (mean, [squares, total, along]) = if self.centred {
             let mean = mean::<L, T>(x);
-            let sums = sums::<2, L, T, 2, K, 4>(
+            let sums = sums::<2, L, T, 2, K, 3>(
                 [x, g],
                 weight,
                 #[inline(always)]
-                |[x, g]: [L; 2], w| {
+                |[squares, total, along], [x, g]: [L; 2], w| {
                     let (x, h) = (x - L::splat(mean), h(g, w));
-                    [x * x, h, h * x, (h * x).abs()]
+                    [x.mul_add(x, squares), total + h, h.mul_add(x, along)]
                 },
             );
             (mean, sums)
         } else {
-            let [squares, along, size] = sums::<2, L, T, 2, K, 3>(
+            let [squares, along] = sums::<2, L, T, 2, K, 2>(
                 [x, g],
                 weight,
                 #[inline(always)]
-                |[x, g]: [L; 2], w| {
-                    let h = h(g, w);
-                    [x * x, h * x, (h * x).abs()]
-                },
+                |[squares, along], [x, g]: [L; 2], w| [x.mul_add(x, squares), h(g, w).mul_add(x, along)],
             );
-            (0.0, [squares, 0.0, along, size])
+            (0.0, [squares, 0.0, along])
         };
         let r = reciprocal_deviation(or_wide(squares, x, mean), len, self.eps);
-        let along = if (LEAST..f32::INFINITY).contains(&size) {
+        let along = if is_good(along) {
             along * r
         } else {
-            // The products have overflowed or vanished; of the unit row they do not.
+            // The products may have overflowed or vanished; of the unit row they do not.
             let [along] = sums::<2, L, T, 2, K, 1>(
                 [x, g],
                 weight,
                 #[inline(always)]
-                |[x, g]: [L; 2], w| [h(g, w) * ((x - L::splat(mean)) * L::splat(r))],
+                |[along], [x, g]: [L; 2], w| [h(g, w).mul_add((x - L::splat(mean)) * L::splat(r), along)],
             );
             along
         };

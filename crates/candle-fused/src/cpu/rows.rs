@@ -221,6 +221,32 @@ pub(super) fn pass<
     sums: [Option<&mut [f32]>; P],
     f: impl Fn([L; N], [L; K], [L; P]) -> ([L; M], [L; P]),
 ) {
+    // What is the same in every lane, and meets nothing that lies in another order.
+    if K == 0 && P == 0 && TypeId::of::<T>() == TypeId::of::<U>() {
+        pass_in::<true, L, T, U, N, K, M, P>(sources, wide, outputs, sums, f);
+    } else {
+        pass_in::<false, L, T, U, N, K, M, P>(sources, wide, outputs, sums, f);
+    }
+}
+
+#[inline(always)]
+fn pass_in<
+    'a,
+    const ANY_ORDER: bool,
+    L: Lanes,
+    T: Element + 'a,
+    U: Element,
+    const N: usize,
+    const K: usize,
+    const M: usize,
+    const P: usize,
+>(
+    sources: [impl Source<'a, T>; N],
+    wide: [&[f32]; K],
+    outputs: [Option<Out<'_, U>>; M],
+    sums: [Option<&mut [f32]>; P],
+    f: impl Fn([L; N], [L; K], [L; P]) -> ([L; M], [L; P]),
+) {
     let lens = (sources.first().map(|source| source.row().len()), wide.first().map(|row| row.len()));
     let len = lens.0.or(lens.1).or(sums.iter().flatten().next().map(|sum| sum.len())).unwrap_or_default();
     let zero = L::splat(0.0);
@@ -232,8 +258,6 @@ pub(super) fn pass<
         #[inline(always)]
         |row| pieces(row, len),
     );
-    // What is the same in every lane, and meets nothing that lies in another order.
-    let any_order = K == 0 && P == 0 && TypeId::of::<T>() == TypeId::of::<U>();
     let streams = outputs.each_ref().map(|out| out.as_ref().is_some_and(|out| out.stream));
     let mut outputs = outputs.map(
         #[inline(always)]
@@ -250,7 +274,7 @@ pub(super) fn pass<
         for k in 0..N {
             let from = &inputs[k].0[i];
             sources[k].ask::<L>(from);
-            x[k] = if any_order { T::load_any(from) } else { T::load(from) };
+            x[k] = if ANY_ORDER { T::load_any(from) } else { T::load(from) };
         }
         for k in 0..K {
             w[k] = L::load(&wide[k].0[i]);
@@ -264,7 +288,7 @@ pub(super) fn pass<
         for k in 0..M {
             if let Some((out, _)) = &mut outputs[k] {
                 let to = &mut out[i];
-                match (streams[k], any_order) {
+                match (streams[k], ANY_ORDER) {
                     // SAFETY: a row that is streamed begins at a multiple of 16, and a piece has 32 or 64 bytes.
                     (true, true) => unsafe { U::stream_again(y[k], to) },
                     // SAFETY: likewise.
@@ -326,8 +350,8 @@ pub(super) fn map<'a, L: Lanes, T: Element + 'a, U: Element, const N: usize, con
     );
 }
 
-/// `S` sums over the elements of rows of one length: `Σ f(inputs, wide)`. Each is made of `A` interleaved parts of
-/// sixteen lanes, more of which hide an addition's latency where `f` is short.
+/// `S` sums over the elements of rows of one length, to which `f(totals, inputs, wide)` adds an element's terms. Each is made of
+/// `A` interleaved parts of sixteen lanes, more of which hide an addition's latency where `f` is short.
 #[inline(always)]
 pub(super) fn sums<
     'a,
@@ -340,7 +364,7 @@ pub(super) fn sums<
 >(
     sources: [impl Source<'a, T>; N],
     wide: [&[f32]; K],
-    f: impl Fn([L; N], [L; K]) -> [L; S],
+    f: impl Fn([L; S], [L; N], [L; K]) -> [L; S],
 ) -> [f32; S] {
     let len = sources[0].row().len();
     let inputs = sources.map(
@@ -381,7 +405,7 @@ pub(super) fn sums<
             for k in 0..K {
                 w[k] = L::load(&wide_whole[k][i][a]);
             }
-            *total = add(*total, f(x, w));
+            *total = f(*total, x, w);
         }
     }
     for i in 0..len / LANES % A {
@@ -392,7 +416,7 @@ pub(super) fn sums<
         for k in 0..K {
             w[k] = L::load(&wide_groups[k].1[i]);
         }
-        totals[0] = add(totals[0], f(x, w));
+        totals[0] = f(totals[0], x, w);
     }
     if !len.is_multiple_of(LANES) {
         let (mut x, mut w) = ([zero; N], [zero; K]);
@@ -402,15 +426,16 @@ pub(super) fn sums<
         for k in 0..K {
             w[k] = load_part(wide[k].1);
         }
-        let mut terms = f(x, w);
-        for term in &mut terms {
-            *term = term.first(len % LANES, zero);
+        let added = f(totals[0], x, w);
+        for (total, added) in totals[0].iter_mut().zip(added) {
+            *total = added.first(len % LANES, *total);
         }
-        totals[0] = add(totals[0], terms);
     }
     let mut total = [zero; S];
     for part in totals {
-        total = add(total, part);
+        for (total, part) in total.iter_mut().zip(part) {
+            *total = *total + part;
+        }
     }
     let mut joined = [0.0; S];
     for (joined, total) in joined.iter_mut().zip(total) {
@@ -419,34 +444,91 @@ pub(super) fn sums<
     joined
 }
 
+/// Writes `f(x)` for each element of a row, in the order of [`Element::load_any`], and returns their sum.
 #[inline(always)]
-fn add<L: Lanes, const S: usize>(mut totals: [L; S], terms: [L; S]) -> [L; S] {
-    for (total, term) in totals.iter_mut().zip(terms) {
-        *total = *total + term;
+pub(super) fn map_total<'a, L: Lanes, T: Element + 'a>(
+    source: impl Source<'a, T>,
+    out: &mut [f32],
+    f: impl Fn(L) -> L,
+) -> f32 {
+    let len = source.row().len();
+    let (whole, rest) = pieces(source.row(), len);
+    let (out, out_rest) = pieces_mut(out, len);
+    let mut total = L::splat(0.0);
+    for (from, to) in whole.iter().zip(out) {
+        source.ask::<L>(from);
+        let y = f(T::load_any(from));
+        total = total + y;
+        y.store(as_room(to));
     }
-    totals
+    if !rest.is_empty() {
+        let y = f(load_part(rest)).to_array();
+        out_rest.copy_from_slice(&y[..rest.len()]);
+        total = total + load_part(out_rest);
+    }
+    total.sum()
 }
 
-/// The greatest `f(x)`; NaN is passed over, and `-inf` is what an empty row has.
+/// `y = f(x)` for each element of what [`map_total`] has written of a row of `y`'s type.
 #[inline(always)]
-pub(super) fn max<L: Lanes, T: Element>(row: &[T], f: impl Fn(L) -> L) -> f32 {
-    let least = L::splat(f32::NEG_INFINITY);
+pub(super) fn map_again<L: Lanes, U: Element>(x: &[f32], y: Out<'_, U>, f: impl Fn(L) -> L) {
+    pass_in::<true, L, f32, U, 1, 0, 1, 0>(
+        [x],
+        [],
+        [Some(y)],
+        [],
+        #[inline(always)]
+        |[x], [], []| ([f(x)], []),
+    );
+}
+
+/// The least and the greatest element; NaN is passed over, and an empty row has `inf` and `-inf`.
+#[inline(always)]
+pub(super) fn extremes<L: Lanes, T: Element>(row: &[T]) -> [f32; 2] {
+    if let Some((bits, wide)) = T::as_bits(row) {
+        // As integers floats of one sign are in order: of positive ones the greatest is the greatest with a sign, of negative ones the
+        // least the greatest without.
+        let (mut greatest, mut least) = (i16::MIN, 0);
+        for &bits in bits {
+            greatest = greatest.max(bits.cast_signed());
+            least = least.max(bits);
+        }
+        let (least, greatest) = (wide(least), wide(greatest.cast_unsigned()));
+        // There are both, and no NaN, which as an integer is beyond all else.
+        if greatest >= 0.0 && least <= 0.0 && !bits.is_empty() {
+            return [least, greatest];
+        }
+    }
+    // As many chains as there are registers for.
+    if L::REGISTERS > 8 { extremes_by::<4, L, T>(row) } else { extremes_by::<2, L, T>(row) }
+}
+
+#[inline(always)]
+fn extremes_by<const A: usize, L: Lanes, T: Element>(row: &[T]) -> [f32; 2] {
     let (whole, rest) = row.as_chunks::<LANES>();
-    let (groups, singles) = whole.as_chunks::<4>();
-    let mut greatest = [least; 4];
+    let (groups, singles) = whole.as_chunks::<A>();
+    let mut least = [L::splat(f32::INFINITY); A];
+    let mut greatest = [L::splat(f32::NEG_INFINITY); A];
     for group in groups {
-        for (greatest, piece) in greatest.iter_mut().zip(group) {
-            *greatest = greatest.max(f(T::load_any(piece)));
+        for (k, piece) in group.iter().enumerate() {
+            let x = T::load_any::<L>(piece);
+            (least[k], greatest[k]) = (least[k].min(x), greatest[k].max(x));
         }
     }
     for piece in singles {
-        greatest[0] = greatest[0].max(f(T::load_any(piece)));
+        let x = T::load_any::<L>(piece);
+        (least[0], greatest[0]) = (least[0].min(x), greatest[0].max(x));
     }
     if !rest.is_empty() {
-        greatest[1] = greatest[1].max(f(load_part(rest)).first(rest.len(), least));
+        let x = load_part::<L, T>(rest);
+        least[1] = least[1].min(x.first(rest.len(), L::splat(f32::INFINITY)));
+        greatest[1] = greatest[1].max(x.first(rest.len(), L::splat(f32::NEG_INFINITY)));
     }
-    let [a, b, c, d] = greatest;
-    a.max(b).max(c.max(d)).greatest()
+    let (mut low, mut high) = (least[0], greatest[0]);
+    for k in 1..A {
+        (low, high) = (low.min(least[k]), high.max(greatest[k]));
+    }
+    [-(-low).greatest(), high.greatest()]
 }
 
 /// `f(x)` of one element, as the lanes compute it.

@@ -5,8 +5,8 @@
 use std::marker::PhantomData;
 
 use super::dispatch::{self, Vectorised};
-use super::lanes::{Element, Lanes};
-use super::rows::{In, NONE, Out, Row, RowLoop, map, max, pass, sums};
+use super::lanes::{Element, Lanes, NEAR};
+use super::rows::{In, NONE, Out, Row, RowLoop, extremes, map, map_again, map_total, pass, sums};
 
 /// How many entries of a row take part; the others are 0 in the results and are not read.
 #[derive(Clone, Copy)]
@@ -43,40 +43,50 @@ unsafe impl RowLoop<1, 1, 0> for Forward {
         let (y, hidden) = y.split_at(visible);
         let scratch = &mut row.scratch[..visible];
         let factor = exponentials::<L, T>(self.scale, x.split_at(visible).0, scratch);
-        map(
-            [&*scratch],
-            [],
+        map_again(
+            scratch,
             y,
             #[inline(always)]
-            |[e]: [L; 1], []| e * L::splat(factor),
+            |e: L| e * L::splat(factor),
         );
         hidden.fill(T::zero());
     }
 }
 
-/// Writes `exp(scale·x − max)` and returns the reciprocal of the sum.
+/// Writes `exp(scale·x − max)`, as [`map_total`] does, and returns the reciprocal of the sum.
 #[inline(always)]
 fn exponentials<L: Lanes, T: Element>(scale: f32, x: In<'_, T>, out: &mut [f32]) -> f32 {
-    let scale = L::splat(scale);
-    let greatest = L::splat(max::<L, T>(
-        &x,
+    let (greatest, near) = greatest::<L, T>(scale, &x);
+    let (scale, greatest) = (L::splat(scale), L::splat(greatest));
+    let total = if near {
+        map_total(
+            x,
+            out,
+            #[inline(always)]
+            |x: L| T::exp_near(x * scale - greatest),
+        )
+    } else {
+        map_total(
+            x,
+            out,
+            #[inline(always)]
+            |x: L| T::exp(x * scale - greatest),
+        )
+    };
+    total.recip()
+}
+
+/// The greatest `scale·x`, and whether all are so near to it that [`Element::exp_near`] serves.
+#[inline(always)]
+fn greatest<L: Lanes, T: Element>(scale: f32, x: &[T]) -> (f32, bool) {
+    let [mut least, mut greatest] = extremes::<L, T>(x).map(
         #[inline(always)]
         |x| x * scale,
-    ));
-    map(
-        [x],
-        [],
-        Out::over(out),
-        #[inline(always)]
-        |[x]: [L; 1], []| T::exp(x * scale - greatest),
     );
-    let [total] = sums::<4, L, f32, 1, 0, 1>(
-        [&*out],
-        [],
-        #[inline(always)]
-        |x, []| x,
-    );
-    total.recip()
+    if scale < 0.0 {
+        (least, greatest) = (greatest, least);
+    }
+    (greatest, greatest - least <= NEAR)
 }
 
 /// `dx = scale·y·(g − Σ g·y)`.
@@ -105,7 +115,7 @@ fn gradient<L: Lanes, T: Element>(scale: f32, y: In<'_, T>, g: In<'_, T>, dx: Ou
         [&*y, &*g],
         [],
         #[inline(always)]
-        |[y, g]: [L; 2], []| [y * g],
+        |[dot], [y, g]: [L; 2], []| [y.mul_add(g, dot)],
     );
     let (scale, dot) = (L::splat(scale), L::splat(dot));
     map(
@@ -126,30 +136,43 @@ pub(crate) fn exponentials_in_place<T: Element>(scale: f32, scores: &mut [f32]) 
         #[inline(always)]
         fn run<L: Lanes>(self) -> f32 {
             let Self(scale, row, _) = self;
-            let scale = L::splat(scale);
-            let greatest = L::splat(max::<L, f32>(
-                row,
-                #[inline(always)]
-                |x| x * scale,
-            ));
-            pass::<L, f32, f32, 0, 0, 0, 1>(
-                NONE,
-                [],
-                [],
-                [Some(&mut *row)],
-                #[inline(always)]
-                |[], [], [x]| ([], [T::exp(x * scale - greatest)]),
-            );
+            let (greatest, near) = greatest::<L, f32>(scale, row);
+            let (scale, greatest) = (L::splat(scale), L::splat(greatest));
+            if near {
+                in_place(
+                    row,
+                    #[inline(always)]
+                    |x: L| T::exp_near(x * scale - greatest),
+                );
+            } else {
+                in_place(
+                    row,
+                    #[inline(always)]
+                    |x: L| T::exp(x * scale - greatest),
+                );
+            }
             let [total] = sums::<4, L, f32, 1, 0, 1>(
                 [&*row],
                 [],
                 #[inline(always)]
-                |x, []| x,
+                |[total], [x]: [L; 1], []| [total + x],
             );
             total.recip()
         }
     }
     dispatch::vectorise(dispatch::isa(), Work::<T>(scale, scores, PhantomData))
+}
+
+#[inline(always)]
+fn in_place<L: Lanes>(row: &mut [f32], f: impl Fn(L) -> L) {
+    pass::<L, f32, f32, 0, 0, 0, 1>(
+        NONE,
+        [],
+        [],
+        [Some(row)],
+        #[inline(always)]
+        |[], [], [x]| ([], [f(x)]),
+    );
 }
 
 /// Multiplies exponentials by `factor`, which makes them weights, and writes their gradient to that of the scores, in place:
@@ -166,7 +189,7 @@ pub(crate) fn backward_in_place(scale: f32, factor: f32, weights: &mut [f32], g:
                 [&*weights, &*g],
                 [],
                 #[inline(always)]
-                |[y, g]: [L; 2], []| [y * g],
+                |[dot], [y, g]: [L; 2], []| [y.mul_add(g, dot)],
             );
             let (dot, scale, factor) = (L::splat(dot * factor), L::splat(scale), L::splat(factor));
             pass::<L, f32, f32, 0, 0, 0, 2>(

@@ -213,7 +213,136 @@ fn cross_entropies_stay_within_their_rows() {
         for columns in [[None], [Some(len - 1)], [Some(0)]] {
             let columns = &columns;
             check!(len, cross_entropy::Forward { columns });
-            check!(len, cross_entropy::Backward { columns, lse: &[[3.0, len as f32]], g: 0.5 });
+            for least in [0.0, -1e3] {
+                check!(len, cross_entropy::Backward { columns, lse: &[[3.0, len as f32, least]], g: 0.5 });
+            }
+        }
+    }
+}
+
+/// The extremes of rows of every sign, with and without NaN.
+#[test]
+fn extremes_are_those_of_the_numbers() {
+    struct Extremes<'a, T>(&'a [T]);
+    impl<T: Element> Vectorised for Extremes<'_, T> {
+        type Output = [f32; 2];
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) -> [f32; 2] {
+            rows::extremes::<L, T>(self.0)
+        }
+    }
+    fn check<T: Element>(isa: Isa, x: &[f64]) {
+        let row: Vec<T> = x.iter().map(|&x| T::from_f64(x)).collect();
+        let wide = || row.iter().map(|x| x.to_f64() as f32);
+        let expected = [wide().fold(f32::INFINITY, f32::min), wide().fold(f32::NEG_INFINITY, f32::max)];
+        assert_eq!(vectorise(isa, Extremes(&row)), expected, "{isa:?} {} {x:?}", T::DTYPE.as_str());
+    }
+    for isa in instruction_sets() {
+        for len in [0, 1, 15, 16, 17, 31, 33, 64, 100] {
+            for (factor, offset) in
+                [(1.0, 0.0), (1.0, 5.0), (-1.0, -1.0), (1.0, -1.5), (0.0, 0.0), (-0.0, -0.0)]
+            {
+                let mut x: Vec<f64> = (0..len).map(|i| value(i, 4) * factor + offset).collect();
+                for odd in [1.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, -f64::NAN] {
+                    if let Some(last) = x.last_mut() {
+                        *last *= odd;
+                    }
+                    check::<f32>(isa, &x);
+                    check::<f16>(isa, &x);
+                    check::<bf16>(isa, &x);
+                    if let Some(last) = x.last_mut() {
+                        *last = odd;
+                    }
+                    check::<f32>(isa, &x);
+                    check::<f16>(isa, &x);
+                    check::<bf16>(isa, &x);
+                    if let Some(last) = x.last_mut() {
+                        *last = factor;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What lies far below the greatest element, however far, has the exponential that it has.
+#[test]
+fn far_elements_vanish() {
+    /// Softmax of a row, and its cross-entropy with its gradient.
+    struct All<'a, T>(&'a [T], f32, [&'a mut [MaybeUninit<T>]; 2]);
+    impl<T: Element> Vectorised for All<'_, T> {
+        type Output = f32;
+
+        #[inline(always)]
+        fn run<L: Lanes>(self) -> f32 {
+            let Self(x, scale, [y, dx]) = self;
+            let (visible, columns) = (softmax::Visible { queries: 0 }, &[Some(1)]);
+            let mut scratch = vec![0.0; x.len()];
+            let inputs = [In::new(x, 0)];
+            let row = Row {
+                index: 0,
+                inputs,
+                outputs: [Some(Out::new(y, false))],
+                sums: [],
+                scratch: &mut scratch,
+            };
+            softmax::Forward { scale, visible }.row::<L, T>(row);
+            let row = Row { index: 0, inputs, outputs: [], sums: [], scratch: Default::default() };
+            let (lse, loss) = cross_entropy::Forward { columns }.row::<L, T>(row);
+            let outputs = [Some(Out::new(dx, false))];
+            let row = Row { index: 0, inputs, outputs, sums: [], scratch: Default::default() };
+            cross_entropy::Backward { columns, lse: &[lse], g: 1.0 }.row::<L, T>(row);
+            loss
+        }
+    }
+    fn check<T: Element>(isa: Isa, x: &[f64], scale: f32, precision: f64) {
+        let row: Vec<T> = x.iter().map(|&x| T::from_f64(x)).collect();
+        let empty = vec![MaybeUninit::new(T::zero()); x.len()];
+        let (mut y, mut dx) = (empty.clone(), empty);
+        let loss = vectorise(isa, All(&row, scale, [&mut y, &mut dx]));
+        let shares = |scale: f64| {
+            let scaled = row.iter().map(|x| x.to_f64() * scale);
+            let greatest = scaled.clone().fold(f64::NEG_INFINITY, f64::max);
+            let all: Vec<f64> = scaled.map(|x| (x - greatest).exp()).collect();
+            let total: f64 = all.iter().sum();
+            all.into_iter().map(|e| e / total).collect::<Vec<f64>>()
+        };
+        let (soft, plain) = (shares(f64::from(scale)), shares(1.0));
+        // Below the normal numbers there are fewer digits.
+        let least = if T::DTYPE == candle_core::DType::F16 { 6.2e-5 } else { 1e-37 };
+        for i in 0..x.len() {
+            // SAFETY: initialised above.
+            let [got, slope] = [&y, &dx].map(|row| unsafe { row[i].assume_init() }.to_f64());
+            let expected = plain[i] - if i == 1 { 1.0 } else { 0.0 };
+            for (what, got, expected) in [("y", got, soft[i]), ("dx", slope, expected)] {
+                let near = (got - expected).abs() <= precision * expected.abs().max(least);
+                assert!(near, "{isa:?} {} {what} {i}: {got}, expected {expected}", T::DTYPE.as_str());
+            }
+            assert!(row[i].to_f64().is_finite() || got == 0.0 && slope == 0.0, "{isa:?} {i}: {got} {slope}");
+        }
+        let expected = -plain[1].ln();
+        let close = (f64::from(loss) - expected).abs() <= 1e-4 * expected.abs().max(1.0);
+        assert!(close, "{isa:?} {} loss {loss}, expected {expected}", T::DTYPE.as_str());
+    }
+    for isa in instruction_sets() {
+        // As near as can be, and so great that a product must be rounded before the greatest is taken from it.
+        check::<f32>(isa, &[1e30; 77], 0.3, 1e-5);
+        check::<bf16>(isa, &[1e30; 77], 0.3, 1e-2);
+        for (far, scale) in [(50.0, 1.0), (80.0, -1.0), (300.0, 1.0), (300.0, -0.5), (6e4, 1.0), (6e4, 0.01)]
+        {
+            let mut x: Vec<f64> = (0..77).map(|i| value(i, 2) * far / 3.0 - far / 2.0).collect();
+            x[1] = far / 2.0 - 8.0;
+            // Products of some hundreds are rounded to a part of 2⁻¹⁶ of one.
+            check::<f32>(isa, &x, scale, 1e-4);
+            check::<f16>(isa, &x, scale, 2e-3);
+            check::<bf16>(isa, &x, scale, 1e-2);
+            if scale > 0.0 {
+                x[64] = f64::NEG_INFINITY;
+                check::<f32>(isa, &x, scale, 1e-4);
+                check::<f16>(isa, &x, scale, 2e-3);
+                check::<bf16>(isa, &x, scale, 1e-2);
+            }
         }
     }
 }
@@ -242,7 +371,8 @@ fn long_rows_are_summed_in_parts() {
             let mut x: Vec<f32> = (0..10_000).map(|i| (i % 100) as f32 / 50.0).collect();
             x[greatest] = 9.0;
             let check = |x: &[f32]| {
-                let ([max, total], _) = vectorise(isa, Loss(x));
+                let ([max, total, least], _) = vectorise(isa, Loss(x));
+                assert_eq!(least, x.iter().copied().fold(f32::INFINITY, f32::min), "{isa:?}");
                 let exact = x.iter().map(|&x| f64::from(x - max).exp()).sum::<f64>();
                 assert_eq!(max, 9.0);
                 assert!(
@@ -265,13 +395,18 @@ fn long_rows_are_summed_in_parts() {
 fn sums_take_every_element_once() {
     struct Sums<'a>(&'a [f32]);
     impl Vectorised for Sums<'_> {
-        type Output = [f32; 3];
+        type Output = [f32; 5];
 
         #[inline(always)]
-        fn run<L: Lanes>(self) -> [f32; 3] {
-            let [a, b] =
-                rows::sums::<4, L, f32, 2, 1, 2>([self.0; 2], [self.0], |[x, y], [w]| [x, x + y - w]);
-            [a, b, rows::max::<L, f32>(self.0, |x| x)]
+        fn run<L: Lanes>(self) -> [f32; 5] {
+            let [a, b] = rows::sums::<4, L, f32, 2, 1, 2>([self.0; 2], [self.0], |[a, b], [x, y], [w]| {
+                [a + x, b + (x + y - w)]
+            });
+            let [least, greatest] = rows::extremes::<L, f32>(self.0);
+            let mut twice = vec![0.0; self.0.len()];
+            let total = rows::map_total(self.0, &mut twice, |x: L| x + x);
+            assert!(self.0.iter().zip(twice).all(|(x, y)| x + x == y));
+            [a, b, total, least, greatest]
         }
     }
     for isa in instruction_sets() {
@@ -279,8 +414,10 @@ fn sums_take_every_element_once() {
             let row: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let row = Guarded::new(&row);
             let sum = (0..n).sum::<usize>() as f32;
-            let max = if n == 0 { f32::NEG_INFINITY } else { (n - 1) as f32 };
-            assert_eq!(vectorise(isa, Sums(row.get())), [sum, sum, max], "{isa:?} {n}");
+            let [least, greatest] =
+                if n == 0 { [f32::INFINITY, f32::NEG_INFINITY] } else { [0.0, (n - 1) as f32] };
+            let got = vectorise(isa, Sums(row.get()));
+            assert_eq!(got, [sum, sum, 2.0 * sum, least, greatest], "{isa:?} {n}");
         }
     }
 }

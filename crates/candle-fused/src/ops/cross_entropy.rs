@@ -93,7 +93,7 @@ fn fused(logits: &Tensor, targets: &Tensor, ignore_index: Option<i64>) -> Attemp
 pub(super) struct CrossEntropy {
     pub(super) targets: Tensor,
     pub(super) ignore_index: Option<i64>,
-    /// `[n, 2]` in f32.
+    /// `[n, 2]` in f32; a processor's has each row's least logit, too, `[n, 3]`.
     pub(super) lse: Tensor,
     /// How many rows count, `[1]` in f32.
     pub(super) counted: Tensor,
@@ -133,12 +133,12 @@ impl Kernel for Forward<'_> {
     fn cpu(&self) -> Result<[Tensor; 3]> {
         let columns = columns(OP, self.targets, self.logits.dim(1)?, self.ignore_index)?;
         let rows = map_rows([self.logits], [], [], &row::Forward { columns: &columns })?;
-        let (lse, losses): (Vec<[f32; 2]>, Vec<f32>) = rows.statistics.into_iter().unzip();
+        let (lse, losses): (Vec<[f32; 3]>, Vec<f32>) = rows.statistics.into_iter().unzip();
         let total: f64 = losses.into_iter().map(f64::from).sum();
         let counted = columns.iter().flatten().count();
         let loss = (total / counted.max(1) as f64) as f32;
         let device = self.logits.device();
-        let lse = Tensor::from_vec(lse.into_flattened(), (columns.len(), 2), device)?;
+        let lse = Tensor::from_vec(lse.into_flattened(), (columns.len(), 3), device)?;
         Ok([Tensor::new(loss, device)?, lse, Tensor::new(&[counted as f32], device)?])
     }
 
@@ -168,7 +168,7 @@ impl Kernel for Gradient<'_> {
         let CrossEntropy { targets, ignore_index, lse, counted } = self.saved;
         let columns = columns(OP, targets, self.logits.dim(1)?, *ignore_index)?;
         let (lse, counted) = (to_vec(lse)?, counted.flatten_all()?.get(0)?.to_scalar::<f32>()?);
-        let (lse, _) = lse.as_chunks::<2>();
+        let (lse, _) = lse.as_chunks::<3>();
         let g = self.g.to_scalar::<f32>()? / counted.max(1.0);
         let row = row::Backward { columns: &columns, lse, g };
         if self.over { map_row_over(self.logits, &row) } else { map_row([self.logits], &row) }
