@@ -2,7 +2,8 @@
 //! `loss = mean(lse_i − x_{i,target_i})` with `lse_i = log Σ_j exp(x_ij)`.
 //!
 //! The forward saves `lse` alone, in two parts for each row: the maximum, and the total of `exp(x_ij − max)`; in one
-//! float a large maximum would swallow the logarithm of the total. Backward, over `n` counted rows:
+//! float a large maximum would swallow the logarithm of the total. A processor saves the least logit beside them, which tells how
+//! far a row's exponentials lie apart. Backward, over `n` counted rows:
 //! `dx_ij = g/n·(exp(x_ij − lse_i) − [j = target_i])`, and 0 in the rows that do not count. It allocates nothing but
 //! the gradient.
 
